@@ -1,0 +1,1 @@
+//! Registers, virtqueues and guest memory: the devices of a Pontoon machine.

@@ -1,0 +1,1 @@
+//! Frames, sockets, TAPs and bridges: what a virtual NIC is plugged into.

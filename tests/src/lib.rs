@@ -1,0 +1,1 @@
+//! End-to-end tests: whole machines on whole networks.
