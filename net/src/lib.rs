@@ -1,1 +1,14 @@
 //! Frames, sockets, TAPs and bridges: what a virtual NIC is plugged into.
+//!
+//! The seam is [`FramePort`]; its module says what holds between a NIC and a port. This crate knows nothing of
+//! KVM, virtqueues or guest physical addresses.
+
+mod mac;
+mod port;
+mod vnet;
+
+pub use mac::MacAddr;
+pub use port::{
+    Counters, DropReason, ETHERNET_LEN, FramePort, Lent, MAX_FRAME, Offloads, Received, RxRing, Sent, TxFrame,
+};
+pub use vnet::{BadVnetHdr, GsoType, VNET_HDR_LEN, VnetFlags, VnetHdr};
