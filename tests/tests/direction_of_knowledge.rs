@@ -1,0 +1,91 @@
+//! The arrows between our crates point one way: vmm → devices → net. See docs/architecture.md.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
+
+use serde_json::Value;
+
+/// For each crate of ours, the crates of ours that its product code may depend on.
+const ALLOWED: [(&str, &[&str]); 5] = [
+    ("net", &[]),
+    ("devices", &["net"]),
+    ("guest-images", &[]),
+    ("vmm", &["devices", "guest-images", "net"]),
+    ("pontoon-tests", &["devices", "guest-images", "net", "vmm"]),
+];
+
+/// Packages of other people that a crate must not know, because the knowledge belongs to another crate.
+const FOREIGN: [(&str, &[&str]); 3] = [
+    ("net", &["kvm-ioctls", "kvm-bindings", "virtio-queue", "linux-loader", "event-manager"]),
+    ("devices", &["kvm-ioctls", "kvm-bindings", "linux-loader", "etherparse", "dhcproto", "hickory-proto"]),
+    ("vmm", &["etherparse", "dhcproto", "hickory-proto", "virtio-queue"]),
+];
+
+fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
+    let out = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version=1", "--no-deps", "--offline"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .expect("cargo runs, it runs this test");
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let meta: Value = serde_json::from_slice(&out.stdout).expect("cargo metadata prints JSON");
+    let packages = meta["packages"].as_array().expect("metadata has packages");
+    packages
+        .iter()
+        .map(|package| {
+            let product = package["dependencies"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter(|dep| dep["kind"].is_null())
+                .filter_map(|dep| dep["name"].as_str())
+                .map(str::to_owned)
+                .collect();
+            (package["name"].as_str().expect("a package has a name").to_owned(), product)
+        })
+        .collect()
+}
+
+#[test]
+fn no_crate_depends_on_one_above_it() {
+    let found = dependencies();
+    let ours: BTreeSet<&str> = ALLOWED.iter().map(|(name, _)| *name).collect();
+    assert_eq!(found.keys().map(String::as_str).collect::<BTreeSet<_>>(), ours, "a crate without a rule");
+    for (name, allowed) in ALLOWED {
+        for dep in found[name].iter().filter(|dep| ours.contains(dep.as_str())) {
+            assert!(allowed.contains(&dep.as_str()), "{name} must not depend on {dep}");
+        }
+    }
+}
+
+#[test]
+fn no_crate_knows_another_ones_trade() {
+    let found = dependencies();
+    for (name, foreign) in FOREIGN {
+        for dep in foreign {
+            assert!(!found[name].contains(*dep), "{name} must not know {dep}");
+        }
+    }
+}
+
+#[test]
+fn every_package_that_the_design_names_has_a_role() {
+    let meta = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version=1", "--no-deps", "--offline"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .expect("cargo runs, it runs this test");
+    let text = String::from_utf8(meta.stdout).expect("cargo metadata prints UTF-8");
+    for package in [
+        "kvm-ioctls",
+        "vm-memory",
+        "virtio-queue",
+        "vmm-sys-util",
+        "linux-loader",
+        "tun-tap",
+        "etherparse",
+        "event-manager",
+    ] {
+        assert!(text.contains(&format!("\"name\":\"{package}\"")), "{package} is not used");
+    }
+}
