@@ -1,1 +1,12 @@
-//! The probe guest, the init of our Linux images and the builder of those images.
+//! The guests of Pontoon: the init of our Linux images, the builder of those images, and the
+//! parts it is made of.
+//!
+//! - [`deb`]: Debian packages without root: resolved, fetched, verified, unpacked.
+//! - [`cpio`]: the writer of initramfs archives.
+//! - [`progress`]: how long work tells what it does.
+
+pub mod cpio;
+pub mod deb;
+pub mod progress;
+
+pub use progress::{Progress, Silent};
