@@ -1,0 +1,156 @@
+use super::*;
+use crate::irq::testing::CountingLine;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Mutex, PoisonError};
+
+const DATA: u64 = 0;
+const IER: u64 = 1;
+const IIR: u64 = 2;
+const MCR: u64 = 4;
+const LSR: u64 = 5;
+const LSR_DATA_READY: u8 = 1;
+const IER_RX: u8 = 1;
+const LOOPBACK: u8 = 0x10;
+
+/// Collects; blocks in `write` until the other side says go.
+struct Gate {
+    go: Receiver<()>,
+    taken: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Write for Gate {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // A closed channel means: from now on, everything may pass.
+        let _ = self.go.recv();
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner).extend(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn gated() -> (Serial, Sender<()>, Arc<Mutex<Vec<u8>>>) {
+    let (tx, go) = channel();
+    let taken = Arc::<Mutex<Vec<u8>>>::default();
+    let sink = Box::new(Gate { go, taken: Arc::clone(&taken) });
+    (Serial::new(CountingLine::new(), sink).unwrap(), tx, taken)
+}
+
+fn get(serial: &mut Serial, offset: u64) -> u8 {
+    let mut byte = [0];
+    serial.read(offset, &mut byte);
+    byte[0]
+}
+
+fn put(serial: &mut Serial, offset: u64, value: u8) {
+    assert_eq!(serial.write(offset, &[value]), None);
+}
+
+#[test]
+fn what_the_guest_sends_reaches_the_sink_in_order() {
+    let (mut serial, go, taken) = gated();
+    drop(go);
+    let text: Vec<u8> = (0..5000).map(|n| n as u8).collect();
+    for byte in &text {
+        put(&mut serial, DATA, *byte);
+    }
+    drop(serial); // waits for the sink
+    assert_eq!(*taken.lock().unwrap(), text);
+}
+
+#[test]
+fn a_stalled_sink_loses_the_newest_bytes_and_never_the_vcpu() {
+    let (mut serial, go, taken) = gated();
+    // At most one buffer is with the sink and one waits for it.
+    let sent = 2 * OUTPUT_BUFFER + 3000;
+    for _ in 0..sent {
+        put(&mut serial, DATA, b'x');
+    }
+    assert!(serial.output_lost() >= 3000);
+    assert!(!serial.flush(Duration::ZERO));
+    drop(go);
+    assert!(serial.flush(Duration::from_secs(60)));
+    put(&mut serial, DATA, b'y');
+    assert!(serial.flush(Duration::from_secs(60)));
+    let taken = taken.lock().unwrap();
+    assert_eq!(taken.len() as u64 + serial.output_lost(), sent as u64 + 1);
+    assert_eq!(taken.last(), Some(&b'y'), "it moves again");
+}
+
+#[test]
+fn a_failed_sink_is_left_alone_and_everything_is_counted() {
+    struct Broken;
+    impl Write for Broken {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::BrokenPipe.into())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut serial = Serial::new(CountingLine::new(), Box::new(Broken)).unwrap();
+    put(&mut serial, DATA, b'a');
+    assert!(serial.flush(Duration::from_secs(60)));
+    put(&mut serial, DATA, b'b');
+    assert_eq!(serial.output_lost(), 1, "the byte in the failed write is the sink's");
+}
+
+#[test]
+fn a_nonblocking_sink_that_is_full_is_tried_again() {
+    struct Shy(u32, Arc<Mutex<Vec<u8>>>);
+    impl Write for Shy {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0 += 1;
+            if self.0 % 2 == 1 {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            self.1.lock().unwrap().push(bytes[0]);
+            Ok(1)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let taken = Arc::default();
+    let mut serial = Serial::new(CountingLine::new(), Box::new(Shy(0, Arc::clone(&taken)))).unwrap();
+    for byte in *b"abc" {
+        put(&mut serial, DATA, byte);
+    }
+    drop(serial);
+    assert_eq!(*taken.lock().unwrap(), b"abc");
+}
+
+#[test]
+fn input_beyond_the_fifo_waits_until_the_guest_has_read() {
+    let line = CountingLine::new();
+    let mut serial = Serial::new(line.clone(), Box::new(io::sink())).unwrap();
+    put(&mut serial, IER, IER_RX);
+    line.take();
+    let text: Vec<u8> = (0..100).collect();
+    let taken = serial.input(&text);
+    assert_eq!((taken, serial.input_room()), (64, 0));
+    assert_eq!(line.take(), 1);
+    assert_eq!(get(&mut serial, IIR) & 0xf, 4, "received data available");
+    assert_eq!(serial.input(&text[taken..]), 0);
+    assert!(serial.room().read().is_err(), "nothing read yet, so no room");
+    for want in 0..64 {
+        assert_eq!(get(&mut serial, LSR) & LSR_DATA_READY, LSR_DATA_READY);
+        assert_eq!(get(&mut serial, DATA), want);
+    }
+    assert!(serial.room().read().is_ok());
+    assert_eq!(serial.input(&text[taken..]), 36);
+    assert_eq!(get(&mut serial, DATA), 64);
+}
+
+#[test]
+fn leaving_loopback_announces_room() {
+    let mut serial = Serial::new(CountingLine::new(), Box::new(io::sink())).unwrap();
+    put(&mut serial, MCR, LOOPBACK);
+    let _ = serial.room().read();
+    assert_eq!(serial.input(b"x"), 0, "nothing enters in loopback");
+    put(&mut serial, MCR, 0);
+    assert!(serial.room().read().is_ok());
+    assert_eq!(serial.input(b"x"), 1);
+}
