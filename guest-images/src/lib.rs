@@ -10,3 +10,6 @@ pub mod deb;
 pub mod progress;
 
 pub use progress::{Progress, Silent};
+
+/// The init of our Linux images: a static x86-64 ELF program, to be put at `/init` of an initramfs.
+pub const INIT: &[u8] = include_bytes!(env!("PONTOON_INIT"));

@@ -1,0 +1,17 @@
+//! Builds the guests that this crate embeds: each is a package of its own, since it is linked unlike the
+//! workspace, and each has its own file here that says how.
+
+#[path = "build/init.rs"]
+mod init;
+#[path = "build/nested.rs"]
+mod nested;
+#[path = "build/probe.rs"]
+mod probe;
+
+fn main() {
+    // The list of watched files is complete: without it cargo would rerun this on every touched source.
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build");
+    init::build();
+    probe::build();
+}
