@@ -6,6 +6,7 @@
 pub mod checksum;
 mod mac;
 mod port;
+pub mod segment;
 mod vnet;
 
 pub use mac::MacAddr;
