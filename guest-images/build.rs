@@ -3,6 +3,8 @@
 
 #[path = "build/init.rs"]
 mod init;
+#[path = "build/lab_init.rs"]
+mod lab_init;
 #[path = "build/nested.rs"]
 mod nested;
 #[path = "build/probe.rs"]
@@ -13,5 +15,6 @@ fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=build");
     init::build();
+    lab_init::build();
     probe::build();
 }

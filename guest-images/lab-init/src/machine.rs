@@ -1,0 +1,113 @@
+//! Everything that is the same for every run, done once before the snapshot.
+
+use std::ffi::CString;
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::mount::{MountFlags, mount, mount_move};
+use rustix::time::{ClockId, Timespec, clock_settime};
+
+use crate::{Context, Error, archive, sys};
+
+/// A kernel module and the parameters that it is loaded with.
+pub(crate) struct Module {
+    path: PathBuf,
+    parameters: CString,
+}
+
+/// Builds the root file system, enters it, loads the early modules and returns the late ones.
+pub(crate) fn prepare() -> Result<Vec<Module>, Error> {
+    let early = read_modules(Path::new("/early"))?;
+    let late = read_modules(Path::new("/late"))?;
+    enter_root()?;
+    rustix::system::sethostname(b"lab").context(|| "set the host name".into())?;
+    sys::set_up("lo").context(|| "bring up lo".into())?;
+    load(&early)?;
+    for device in ["/dev/kvm", "/dev/net/tun", "/dev/vhost-vsock", "/dev/vsock"] {
+        if Path::new(device).exists() {
+            fs::set_permissions(device, Permissions::from_mode(0o666))
+                .context(|| format!("open {device} to everybody"))?;
+        }
+    }
+    Ok(late)
+}
+
+/// Loads modules in their order.
+pub(crate) fn load(modules: &[Module]) -> Result<(), Error> {
+    for Module { path, parameters } in modules {
+        let file = File::open(path).context(|| format!("open {}", path.display()))?;
+        rustix::system::finit_module(&file, parameters, 0).context(|| format!("load {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Sets the wall clock to nanoseconds since 1970.
+pub(crate) fn set_clock(now: u64) -> Result<(), Error> {
+    let seconds = i64::try_from(now / 1_000_000_000)?;
+    let time = Timespec { tv_sec: seconds, tv_nsec: (now % 1_000_000_000) as _ };
+    clock_settime(ClockId::Realtime, time).context(|| format!("set the clock to {seconds} s"))
+}
+
+/// Waits for a path that the kernel makes when a driver has probed.
+pub(crate) fn wait_for(path: &Path) -> Result<(), Error> {
+    let start = Instant::now();
+    while !path.exists() {
+        if start.elapsed() > Duration::from_secs(30) {
+            return Err(format!("{} did not appear within 30 s", path.display()).into());
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
+}
+
+/// Unpacks `/root.archive` into a tmpfs and makes that the root. A tmpfs, since programs that are tested
+/// here may call pivot_root, which the kernel refuses on an initramfs.
+fn enter_root() -> Result<(), Error> {
+    let root = Path::new("/new");
+    make_directory(root)?;
+    mount("lab", root, "tmpfs", MountFlags::empty(), Some(c"size=80%,mode=755"))
+        .context(|| "mount the root's tmpfs".into())?;
+    let mut packed = File::open("/root.archive").context(|| "open /root.archive".into())?;
+    archive::unpack(&mut packed, root)?;
+    drop(packed);
+    fs::remove_file("/root.archive").context(|| "remove /root.archive".into())?;
+    for (name, kind, options) in [
+        ("proc", "proc", None),
+        ("sys", "sysfs", None),
+        ("dev", "devtmpfs", None),
+        ("dev/pts", "devpts", Some(c"ptmxmode=666,mode=620")),
+        ("dev/shm", "tmpfs", Some(c"mode=1777")),
+        ("sys/fs/cgroup", "cgroup2", None),
+    ] {
+        let target = root.join(name);
+        make_directory(&target)?;
+        mount(kind, &target, kind, MountFlags::NOSUID, options)
+            .context(|| format!("mount {kind} on {}", target.display()))?;
+    }
+    for (link, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")]
+    {
+        let link = root.join("dev").join(link);
+        std::os::unix::fs::symlink(target, &link).context(|| format!("make {}", link.display()))?;
+    }
+    std::env::set_current_dir(root).context(|| "enter the new root".into())?;
+    mount_move(".", "/").context(|| "move the new root".into())?;
+    rustix::process::chroot(".").context(|| "chroot into the new root".into())?;
+    std::env::set_current_dir("/").context(|| "enter /".into())
+}
+
+fn make_directory(path: &Path) -> Result<(), Error> {
+    fs::create_dir_all(path).context(|| format!("make {}", path.display()))
+}
+
+/// A list of modules: a path and, after a space, parameters, one module a line.
+fn read_modules(list: &Path) -> Result<Vec<Module>, Error> {
+    let text = fs::read_to_string(list).context(|| format!("read {}", list.display()))?;
+    let module = |line: &str| {
+        let (path, parameters) = line.split_once(' ').unwrap_or((line, ""));
+        Ok(Module { path: path.into(), parameters: CString::new(parameters)? })
+    };
+    text.lines().map(module).collect()
+}

@@ -1,0 +1,99 @@
+//! The system calls that have no safe wrapper.
+#![allow(unsafe_code, reason = "NIC ioctls and the child's set-up between fork and exec")]
+
+use std::ffi::CString;
+use std::io;
+use std::mem;
+use std::net::Ipv4Addr;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+/// Lets `command` start as the leader of a session of its own, which owns the terminal on its standard
+/// input if `terminal`.
+pub(crate) fn in_own_session(command: &mut Command, terminal: bool) {
+    let set_up = move || {
+        rustix::process::setsid()?;
+        if terminal {
+            rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+        }
+        Ok(())
+    };
+    // SAFETY: the closure runs between fork and exec; it makes two system calls through wrappers that
+    // neither allocate nor lock, and captures one bool.
+    unsafe { command.pre_exec(set_up) };
+}
+
+/// Gives `interface` its address and brings it up.
+pub(crate) fn set_address(interface: &str, address: Ipv4Addr, mask: Ipv4Addr) -> io::Result<()> {
+    let socket = control_socket()?;
+    let mut request = request_for(interface)?;
+    request.ifr_ifru.ifru_addr = socket_address(address);
+    request_ioctl(&socket, libc::SIOCSIFADDR, &request)?;
+    request.ifr_ifru.ifru_netmask = socket_address(mask);
+    request_ioctl(&socket, libc::SIOCSIFNETMASK, &request)?;
+    set_up(interface)
+}
+
+/// Brings `interface` up.
+pub(crate) fn set_up(interface: &str) -> io::Result<()> {
+    let mut request = request_for(interface)?;
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    request_ioctl(&control_socket()?, libc::SIOCSIFFLAGS, &request)
+}
+
+/// Adds a default route through `gateway`.
+pub(crate) fn add_default_route(gateway: Ipv4Addr) -> io::Result<()> {
+    let socket = control_socket()?;
+    // SAFETY: an all-zero rtentry is a valid value: integers, addresses of family 0 and a null name.
+    let mut route: libc::rtentry = unsafe { mem::zeroed() };
+    route.rt_dst = socket_address(Ipv4Addr::UNSPECIFIED);
+    route.rt_genmask = socket_address(Ipv4Addr::UNSPECIFIED);
+    route.rt_gateway = socket_address(gateway);
+    route.rt_flags = libc::RTF_UP | libc::RTF_GATEWAY;
+    // SAFETY: SIOCADDRT reads one rtentry, and `route` is one that outlives the call.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCADDRT, &raw const route) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn control_socket() -> io::Result<OwnedFd> {
+    // SAFETY: the call takes no pointers.
+    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A request about `interface` with nothing else set.
+fn request_for(interface: &str) -> io::Result<libc::ifreq> {
+    let name = CString::new(interface)?;
+    // SAFETY: an all-zero ifreq is a valid value: an empty name and a union of plain data.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    let bytes = name.to_bytes();
+    if bytes.len() >= request.ifr_name.len() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{interface} is too long a name")));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(bytes) {
+        *to = *from as libc::c_char;
+    }
+    Ok(request)
+}
+
+fn request_ioctl(socket: &OwnedFd, number: libc::Ioctl, request: &libc::ifreq) -> io::Result<()> {
+    // SAFETY: the three SIOCSIF* requests that this file makes read one ifreq and write nothing.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), number, &raw const *request) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn socket_address(address: Ipv4Addr) -> libc::sockaddr {
+    // SAFETY: an all-zero sockaddr is a valid value.
+    let mut generic: libc::sockaddr = unsafe { mem::zeroed() };
+    generic.sa_family = libc::AF_INET as libc::sa_family_t;
+    // sockaddr_in: two bytes of port, then the address in network order.
+    for (to, from) in generic.sa_data.iter_mut().skip(2).zip(address.octets()) {
+        *to = from as libc::c_char;
+    }
+    generic
+}
