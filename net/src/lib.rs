@@ -5,6 +5,7 @@
 
 pub mod checksum;
 mod mac;
+pub mod nat;
 mod port;
 pub mod segment;
 mod vnet;
