@@ -43,6 +43,7 @@ const REPLY: u16 = 2;
 pub(crate) type ArpFrame = [u8; ARP_FRAME_LEN];
 
 /// The gateway's ARP.
+#[derive(Debug)]
 pub(crate) struct Arp {
     subnet: Subnet,
     mac: MacAddr,

@@ -62,13 +62,14 @@ struct Key {
     id: u16,
 }
 
+#[derive(Debug)]
 enum Packet {
     Collecting(Collecting),
     /// Refused; its late fragments are swallowed.
     Poisoned,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Collecting {
     /// Header of the first fragment, 20 to 60 bytes; empty until it comes.
     header: Vec<u8>,
@@ -81,7 +82,7 @@ struct Collecting {
 }
 
 /// Puts fragments together.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Reassembler {
     packets: HashMap<Key, (Instant, Packet)>,
     /// Payload bytes of all packets.
@@ -195,7 +196,7 @@ impl Collecting {
     /// Adds a fragment; gives the packet when it is the last one that was missing.
     fn add(&mut self, piece: &Piece<'_>) -> Result<Option<Vec<u8>>, DropReason> {
         let (start, end) = (piece.offset, piece.end());
-        if end + 20 > usize::from(u16::MAX) || (piece.more && piece.payload.len() % 8 != 0) {
+        if end + 20 > usize::from(u16::MAX) || (piece.more && !piece.payload.len().is_multiple_of(8)) {
             return Err(DropReason::Fragment);
         }
         let at = self.pieces.partition_point(|(s, _)| *s < start);
