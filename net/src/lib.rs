@@ -3,11 +3,13 @@
 //! The seam is [`FramePort`]; its module says what holds between a NIC and a port. This crate knows nothing of
 //! KVM, virtqueues or guest physical addresses.
 
+pub mod bridge;
 pub mod checksum;
 mod mac;
 pub mod nat;
 mod port;
 pub mod segment;
+pub mod tap;
 mod vnet;
 
 pub use mac::MacAddr;
