@@ -7,6 +7,7 @@ pub mod bridge;
 pub mod checksum;
 mod mac;
 pub mod nat;
+pub mod pcap;
 mod port;
 pub mod segment;
 pub mod tap;

@@ -294,6 +294,37 @@ pub trait FramePort: AsFd + Send {
     fn counters(&self) -> Counters;
 }
 
+/// A boxed port is a port: what wraps one need not care whether it knows which.
+impl<P: FramePort + ?Sized> FramePort for Box<P> {
+    fn offloads(&self) -> Offloads {
+        (**self).offloads()
+    }
+
+    fn set_offloads(&mut self, guest: Offloads) -> io::Result<()> {
+        (**self).set_offloads(guest)
+    }
+
+    fn mtu(&self) -> u16 {
+        (**self).mtu()
+    }
+
+    fn send(&mut self, frame: &TxFrame<'_>) -> Sent {
+        (**self).send(frame)
+    }
+
+    fn recv(&mut self, ring: &mut dyn RxRing) -> Received {
+        (**self).recv(ring)
+    }
+
+    fn link_up(&self) -> bool {
+        (**self).link_up()
+    }
+
+    fn counters(&self) -> Counters {
+        (**self).counters()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

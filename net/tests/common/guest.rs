@@ -205,3 +205,79 @@ pub(crate) const LINUX: Offloads =
 pub(crate) fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|i| (i * 31 + i / 256) as u8).collect()
 }
+
+/// A network that sends every frame back, up to `room` of them at a time.
+pub(crate) struct Mirror {
+    fd: std::fs::File,
+    frames: std::collections::VecDeque<(VnetHdr, Vec<u8>)>,
+    pub(crate) room: usize,
+    counters: net::Counters,
+}
+
+impl Mirror {
+    pub(crate) fn new() -> Self {
+        let fd = std::fs::File::open("/dev/null").unwrap();
+        Self { fd, frames: std::collections::VecDeque::new(), room: 8, counters: net::Counters::default() }
+    }
+
+    /// Lets a frame come in as if from outside.
+    pub(crate) fn push(&mut self, hdr: VnetHdr, frame: &[u8]) {
+        self.frames.push_back((hdr, frame.to_vec()));
+    }
+}
+
+impl std::os::fd::AsFd for Mirror {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl FramePort for Mirror {
+    fn offloads(&self) -> Offloads {
+        Offloads::all()
+    }
+
+    fn set_offloads(&mut self, _: Offloads) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn mtu(&self) -> u16 {
+        1500
+    }
+
+    fn send(&mut self, frame: &TxFrame<'_>) -> Sent {
+        if self.frames.len() == self.room {
+            return Sent::Full;
+        }
+        let mut bytes = vec![0; frame.len()];
+        frame.copy_out(0, &mut bytes);
+        self.frames.push_back((frame.hdr, bytes));
+        self.counters.tx_frames += 1;
+        Sent::Taken
+    }
+
+    fn recv(&mut self, ring: &mut dyn RxRing) -> Received {
+        while let Some((hdr, frame)) = self.frames.pop_front() {
+            let parts = match ring.lend(frame.len(), frame.len()) {
+                Lent::Buffers(parts) => parts,
+                Lent::TooSmall => continue,
+                Lent::Empty => {
+                    self.frames.push_front((hdr, frame));
+                    return Received::RingFull;
+                }
+            };
+            let mut rest = frame.as_slice();
+            for part in parts {
+                let n = part.len().min(rest.len());
+                part.copy_from(&rest[..n]);
+                rest = &rest[n..];
+            }
+            ring.commit(hdr, frame.len());
+        }
+        Received::Drained
+    }
+
+    fn counters(&self) -> net::Counters {
+        self.counters.clone()
+    }
+}
