@@ -116,14 +116,14 @@ impl Rtc {
     }
 
     fn encode(&self, value: u8) -> u8 {
-        if self.reg_b & BINARY != 0 { value } else { value / 10 << 4 | value % 10 }
+        if self.reg_b & BINARY != 0 { value } else { ((value / 10) << 4) | (value % 10) }
     }
 
     fn encode_hour(&self, hour: u8) -> u8 {
         if self.reg_b & HOURS_24 != 0 {
             return self.encode(hour);
         }
-        let twelve = if hour % 12 == 0 { 12 } else { hour % 12 };
+        let twelve = if hour.is_multiple_of(12) { 12 } else { hour % 12 };
         self.encode(twelve) | if hour >= 12 { HOURS_PM } else { 0 }
     }
 

@@ -1,0 +1,169 @@
+//! The network interface (virtio 1.3 §5.1): one receive, one transmit and one control queue over a
+//! [`net::FramePort`].
+//!
+//! ```text
+//!   guest's driver                 this module                             the port
+//!   receiveq  ── buffers ──>  rx: RxTurn (lends)  <── recv(&mut dyn RxRing) ──  TAP, NAT, switch
+//!   transmitq ── chains  ──>  tx: transmit        ── send(&TxFrame) ──────────>
+//!   controlq  ── commands ─>  ctrl: serve         ── set_offloads ────────────>
+//! ```
+//!
+//! [`Net`] goes into a transport, [`NetWorker`] into the event manager; see [`crate::virtio`] for how the two share.
+//! Frames stay where they are: the port gets pieces of guest memory, once per frame, without an allocation.
+//!
+//! **Back-pressure.** A port that is full keeps the frame in the transmit ring; a guest without buffers keeps the
+//! frames in the port. Neither spins and nothing is dropped here for want of room.
+//!
+//! **Fairness.** A turn sends at most [`TX_BUDGET`] frames and receives as many as the port's own budget allows.
+//!
+//! **Refusals** are counted in [`NetTotals`]; the first that stops the device is logged.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use net::{FramePort, MacAddr};
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{ActivateError, Activation, Ring, VirtioDevice};
+
+mod config;
+mod counters;
+mod ctrl;
+mod pieces;
+mod rx;
+#[cfg(test)]
+mod tests;
+mod tx;
+mod worker;
+
+pub use counters::{NetCounters, NetTotals};
+pub use ctrl::CTRL_BUDGET;
+pub use rx::MAX_PIECES;
+pub use tx::TX_BUDGET;
+pub use worker::NetWorker;
+
+use config::ConfigSpace;
+use worker::{Active, Path};
+
+/// Descriptors of the receive and the transmit queue.
+pub const QUEUE_SIZE: u16 = 256;
+/// Descriptors of the control queue.
+pub const CTRL_QUEUE_SIZE: u16 = 64;
+
+/// Queue indices (§5.1.2).
+const RX: usize = 0;
+const TX: usize = 1;
+const CTRL: usize = 2;
+const QUEUE_SIZES: [u16; 3] = [QUEUE_SIZE, QUEUE_SIZE, CTRL_QUEUE_SIZE];
+
+/// What the two halves share.
+struct Shared {
+    path: Mutex<Path>,
+    config: ConfigSpace,
+    kicks: [EventFd; 3],
+    /// Tells the worker of an activation or a reset.
+    wake: EventFd,
+    counters: NetCounters,
+}
+
+/// The transport's half of a NIC. See the module's documentation.
+pub struct Net {
+    shared: Arc<Shared>,
+    offered: u64,
+}
+
+/// A view of a NIC for whoever reports on it.
+#[derive(Clone)]
+pub struct NetMonitor(Arc<Shared>);
+
+impl NetMonitor {
+    /// What the NIC has counted.
+    pub fn totals(&self) -> NetTotals {
+        self.0.counters.totals()
+    }
+
+    /// What the port has counted. Waits for at most one turn of the worker.
+    pub fn port(&self) -> net::Counters {
+        self.0.lock().port.counters()
+    }
+}
+
+impl Net {
+    /// A NIC with the address `mac`, plugged into `port`: the half for the transport, and the half for the event
+    /// manager of the I/O thread.
+    ///
+    /// # Errors
+    /// When the host refuses an eventfd.
+    pub fn new(mac: MacAddr, port: Box<dyn FramePort>) -> io::Result<(Self, NetWorker)> {
+        let eventfd = || EventFd::new(EFD_NONBLOCK);
+        let offered = config::offered(port.offloads());
+        let shared = Arc::new(Shared {
+            config: ConfigSpace::new(mac, port.mtu(), port.link_up()),
+            path: Mutex::new(Path { port, active: None }),
+            kicks: [eventfd()?, eventfd()?, eventfd()?],
+            wake: eventfd()?,
+            counters: NetCounters::default(),
+        });
+        let worker = NetWorker::new(Arc::clone(&shared));
+        Ok((Self { shared, offered }, worker))
+    }
+
+    /// A view of the counters that outlives the NIC's move into its transport.
+    pub fn monitor(&self) -> NetMonitor {
+        NetMonitor(Arc::clone(&self.shared))
+    }
+}
+
+impl VirtioDevice for Net {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_NET
+    }
+
+    fn features(&self) -> u64 {
+        self.offered
+    }
+
+    fn accepts(&self, accepted: u64) -> bool {
+        config::consistent(accepted)
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn kicks(&self) -> &[EventFd] {
+        &self.shared.kicks
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.shared.config.read(offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Activation { memory, queues, features, interrupt } = activation;
+        let mut rings = queues.into_iter().map(Ring::new);
+        let mut next = || rings.next().flatten();
+        let (rx, tx, ctrl) = (next(), next(), next());
+        let active = Active {
+            memory,
+            interrupt,
+            features,
+            rx: rx.ok_or(ActivateError::QueueMissing(RX))?,
+            tx: tx.ok_or(ActivateError::QueueMissing(TX))?,
+            ctrl,
+            started: false,
+            starved: false,
+            port_full: false,
+        };
+        self.shared.lock().active = Some(active);
+        // The port may be told its offloads on the worker's thread only.
+        self.shared.wake.write(1).map_err(ActivateError::Wake)
+    }
+
+    fn reset(&mut self) {
+        self.shared.lock().active = None;
+        // Only lets the worker stop polling the port; when it fails, the next event of the port does.
+        let _ = self.shared.wake.write(1);
+    }
+}
