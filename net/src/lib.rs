@@ -11,6 +11,8 @@ pub mod pcap;
 mod port;
 pub mod segment;
 pub mod tap;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 mod vnet;
 
 pub use mac::MacAddr;
