@@ -56,11 +56,11 @@ mod tests {
             VolatileSlice::from(&mut c[..]),
         ];
         let mut start = 0;
-        let mut got = Vec::new();
+        let mut got = Vec::<u8>::new();
         let mut take = |start: &mut usize, len| {
             got.clear();
             take_front(&mut pieces, start, len, |piece| {
-                let mut bytes = vec![0; piece.len()];
+                let mut bytes = vec![0u8; piece.len()];
                 piece.copy_to(&mut bytes);
                 got.extend(bytes);
             });
