@@ -12,6 +12,7 @@ use std::time::Instant;
 
 use super::config::NatConfig;
 use super::host::{Host, SockId};
+use super::icmp::error::Budget;
 use super::neighbours::Neighbours;
 use super::outbox::Outbox;
 use crate::{Counters, DropReason, Offloads};
@@ -32,6 +33,8 @@ pub(crate) struct Cx<'a> {
     pub(crate) streams: &'a mut Vec<ServiceStream>,
     /// Frames that may still be emitted in this turn.
     pub(crate) budget: &'a mut usize,
+    /// The rate of the gateway's own ICMP errors.
+    pub(crate) icmp_errors: &'a mut Budget,
 }
 
 /// A guest's TCP connection to a service of the gateway; the service reads requests from its end of the stream.

@@ -1,6 +1,6 @@
 //! What the NAT asks of the host: the only door to sockets.
 //!
-//! [`StreamHost`] is what TCP needs; datagram protocols have their own trait next to it. The real host is
+//! [`StreamHost`] is what TCP needs; datagram protocols need [`DatagramHost`]. The real host is
 //! [`SysHost`](super::sys::SysHost); tests play one of their own and so need neither sockets nor clocks.
 //! Nothing here blocks. An error is the host's own `io::Error` with its errno, because what the guest is told
 //! depends on it.
@@ -11,6 +11,7 @@ use std::net::SocketAddrV4;
 use vm_memory::VolatileSlice;
 
 use super::poller::Token;
+use super::udp::socket::DatagramHost;
 
 /// A socket of the host. It is open until [`StreamHost::close`]; the number is used again afterwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -32,6 +33,8 @@ pub(crate) struct SendSpace {
     pub(crate) free: u32,
     /// Bytes of the whole buffer.
     pub(crate) size: u32,
+    /// Whether there is so much room that [`StreamHost::want_write`] would report it at once.
+    pub(crate) writable: bool,
 }
 
 /// Streams: TCP sockets, and one end of a socketpair for what is served in this process.
@@ -118,6 +121,6 @@ pub(crate) trait StreamHost {
 }
 
 /// The whole host.
-pub(crate) trait Host: StreamHost {}
+pub(crate) trait Host: StreamHost + DatagramHost {}
 
-impl<T: StreamHost> Host for T {}
+impl<T: StreamHost + DatagramHost> Host for T {}

@@ -27,6 +27,7 @@
 mod arp;
 mod config;
 mod cx;
+mod dhcp;
 mod fragment;
 mod host;
 mod icmp;
@@ -35,6 +36,7 @@ mod neighbours;
 mod outbox;
 mod policy;
 mod poller;
+mod services;
 mod subnet;
 mod sys;
 mod tcp;
@@ -61,6 +63,7 @@ use self::ipv4::{Fragment, HEAD_MAX, Ipv4In, protocol};
 use self::neighbours::Neighbours;
 use self::outbox::Outbox;
 use self::poller::{Events, Owner, Token};
+use self::services::Services;
 use self::sys::SysHost;
 use self::tcp::Tcp;
 use self::udp::Udp;
@@ -82,6 +85,7 @@ pub struct Nat {
     tcp: Tcp,
     udp: Udp,
     icmp: Icmp,
+    services: Services,
     /// The time of this turn, once something asked for it.
     turn: Option<Instant>,
     /// When the timer will fire.
@@ -99,6 +103,7 @@ struct Shared {
     host: SysHost,
     streams: Vec<ServiceStream>,
     budget: usize,
+    icmp_errors: icmp::error::Budget,
 }
 
 impl Shared {
@@ -113,6 +118,7 @@ impl Shared {
             host: &mut self.host,
             streams: &mut self.streams,
             budget: &mut self.budget,
+            icmp_errors: &mut self.icmp_errors,
         }
     }
 }
@@ -134,6 +140,7 @@ impl Nat {
             tcp: Tcp::default(),
             udp: Udp::default(),
             icmp: Icmp::default(),
+            services: Services::new(&config),
             turn: None,
             armed: None,
             events: Vec::new(),
@@ -146,9 +153,11 @@ impl Nat {
                 host,
                 streams: Vec::new(),
                 budget: 0,
+                icmp_errors: icmp::error::Budget::default(),
             },
         };
         nat.tcp.open_listeners(&mut nat.shared.cx(Instant::now()))?;
+        nat.udp.open_published(&mut nat.shared.cx(Instant::now()))?;
         Ok(nat)
     }
 
@@ -237,6 +246,9 @@ impl Nat {
 
     fn packet(&mut self, packet: &Ipv4In<'_>, now: Instant) {
         let mut cx = self.shared.cx(now);
+        if self.services.input(&mut cx, packet) {
+            return;
+        }
         match packet.protocol {
             protocol::TCP => self.tcp.input(&mut cx, packet),
             protocol::UDP => self.udp.input(&mut cx, packet),
@@ -246,6 +258,15 @@ impl Nat {
             }
         }
         self.serve_streams();
+    }
+
+    /// Asks for guests that something is to be sent to.
+    fn ask(&mut self, now: Instant) {
+        for addr in self.shared.neighbours.take_wanted() {
+            if let Some(frame) = self.arp.ask(addr, now) {
+                self.shared.cx(now).post(frame.to_vec());
+            }
+        }
     }
 
     /// Hands streams that a guest opened to the gateway to their services.
@@ -286,11 +307,13 @@ impl Nat {
         self.tcp.expire(&mut cx);
         self.udp.expire(&mut cx);
         self.icmp.expire(&mut cx);
+        self.services.expire(&mut cx);
     }
 
     fn deadline(&self) -> Option<Instant> {
-        let all = [self.tcp.deadline(), self.udp.deadline(), self.icmp.deadline(), self.fragments.deadline()];
-        all.into_iter().flatten().min()
+        let flows = [self.tcp.deadline(), self.udp.deadline(), self.icmp.deadline()];
+        let others = [self.services.deadline(), self.fragments.deadline()];
+        flows.into_iter().chain(others).flatten().min()
     }
 
     fn emit(&mut self, now: Instant, ring: &mut dyn RxRing) -> Received {
@@ -367,6 +390,7 @@ impl FramePort for Nat {
         self.expire(now);
         self.serve_streams();
         let outcome = self.emit(now, ring);
+        self.ask(now);
         self.arm(now, outcome == Received::Again);
         self.turn = None;
         outcome

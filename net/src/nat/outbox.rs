@@ -51,6 +51,10 @@ impl Outbox {
         Received::Drained
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.frames.is_empty()
+    }
+
     #[cfg(test)]
     pub(crate) fn take(&mut self) -> Vec<Vec<u8>> {
         self.frames.drain(..).collect()
