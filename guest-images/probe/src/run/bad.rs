@@ -17,6 +17,10 @@ use smoltcp::wire::{DhcpMessageType, EthernetAddress, Ipv4Address};
 const ETHERNET: usize = 14;
 /// Frames between two turns of the stack, which also lets the host take a breath.
 const BURST: u64 = 32;
+/// How often a full ring is tried again.
+const PATIENCE: usize = 100;
+/// The sender's hardware and protocol address in an ARP frame.
+const ARP_SENDER: core::ops::Range<usize> = 22..32;
 /// The longest frame that is made up.
 const LONGEST: usize = 65549;
 
@@ -62,7 +66,7 @@ fn burst<N: Nic>(
     let mut sent = 0;
     for number in 0..count {
         let frame = make(number);
-        sent += u64::from(stack.nic.send_raw([0; HEADER], &frame));
+        sent += u64::from(send(stack, [0; HEADER], &frame));
         if number % BURST == BURST - 1 {
             stack.poll();
             stack.nic.flush();
@@ -71,6 +75,17 @@ fn burst<N: Nic>(
     stack.idle(10);
     report.number("sent", sent);
     Ok(())
+}
+
+/// Sends a frame; a full ring gets some turns of the stack, since a host that is busy answering takes nothing.
+fn send<N: Nic>(stack: &mut Stack<N>, header: [u8; HEADER], frame: &[u8]) -> bool {
+    (0..PATIENCE).any(|_| {
+        let sent = stack.nic.send_raw(header, frame);
+        if !sent {
+            stack.poll();
+        }
+        sent
+    })
 }
 
 fn random_mac(rng: &mut Rng) -> EthernetAddress {
@@ -209,7 +224,7 @@ fn frames<N: Nic>(
             }
             _ => {}
         }
-        sent += u64::from(stack.nic.send_raw(header, &frame));
+        sent += u64::from(send(stack, header, &frame));
         if number % BURST == BURST - 1 {
             stack.poll();
             stack.nic.flush();
@@ -220,8 +235,19 @@ fn frames<N: Nic>(
     Ok(())
 }
 
-/// One malformed frame.
+/// One malformed frame. What still is ARP keeps its sender: telling the network that our address is at
+/// another card would only cut us off, as it should.
 fn spoil(base: &[Vec<u8>], rng: &mut Rng) -> Vec<u8> {
+    let mut frame = spoil_any(base, rng);
+    if frame.get(12..14) == Some(&[8, 6])
+        && let Some(sender) = frame.get_mut(ARP_SENDER)
+    {
+        sender.copy_from_slice(&base[0][ARP_SENDER]);
+    }
+    frame
+}
+
+fn spoil_any(base: &[Vec<u8>], rng: &mut Rng) -> Vec<u8> {
     let mut frame = base[rng.below(base.len() as u64) as usize].clone();
     match rng.below(8) {
         0 => {

@@ -360,7 +360,7 @@ impl<C: Cpu> Nic for VirtioNet<C> {
         }
         let (now, mut until) = (self.cpu.now(), until.total_micros().max(0).cast_unsigned());
         if full {
-            until = until.clamp(now, now + FULL_RING_SLEEP);
+            until = now + FULL_RING_SLEEP;
         }
         if until > now {
             self.cpu.sleep(seen, until);
