@@ -14,6 +14,9 @@ use crate::MacAddr;
 /// A learned binding that was silent for so long may be taken over by traffic from another machine.
 const LEARNED_IDLE: Duration = Duration::from_secs(60);
 
+/// Addresses that are asked for in one turn.
+const MAX_WANTED: usize = 16;
+
 #[derive(Clone, Copy, Debug)]
 struct Neighbour {
     mac: MacAddr,
@@ -28,11 +31,12 @@ pub(crate) struct Neighbours {
     limit: usize,
     first: Option<Ipv4Addr>,
     version: u64,
+    wanted: Vec<Ipv4Addr>,
 }
 
 impl Neighbours {
     pub(crate) fn new(limit: usize) -> Self {
-        Self { by_addr: HashMap::new(), limit, first: None, version: 0 }
+        Self { by_addr: HashMap::new(), limit, first: None, version: 0, wanted: Vec::new() }
     }
 
     /// The Ethernet address of a guest.
@@ -48,6 +52,18 @@ impl Neighbours {
     /// The guest that a port published without a name leads to.
     pub(crate) fn first(&self) -> Option<Ipv4Addr> {
         self.first
+    }
+
+    /// Somebody has something to send to `addr`, which nobody has: ARP is to ask for it.
+    pub(crate) fn want(&mut self, addr: Ipv4Addr) {
+        if self.wanted.len() < MAX_WANTED && !self.wanted.contains(&addr) {
+            self.wanted.push(addr);
+        }
+    }
+
+    /// The addresses to ask for.
+    pub(crate) fn take_wanted(&mut self) -> Vec<Ipv4Addr> {
+        std::mem::take(&mut self.wanted)
     }
 
     /// Changes whenever a binding appears or moves.

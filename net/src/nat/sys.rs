@@ -441,7 +441,7 @@ impl StreamHost for SysHost {
     }
 
     fn send_space(&mut self, sock: SockId) -> SendSpace {
-        let unknown = SendSpace { free: UNIX_SPACE, size: UNIX_SPACE };
+        let unknown = SendSpace { free: UNIX_SPACE, size: UNIX_SPACE, writable: true };
         let Some(open) = self.entry(sock).filter(|open| open.kind == Kind::Tcp) else { return unknown };
         // SK_MEMINFO_* of linux/sock_diag.h: the send buffer's limit, and what is charged to it.
         const SNDBUF: usize = 3;
@@ -461,7 +461,9 @@ impl StreamHost for SysHost {
         if result < 0 {
             return unknown;
         }
-        SendSpace { free: info[SNDBUF].saturating_sub(info[WMEM_QUEUED]), size: info[SNDBUF] }
+        let (size, free) = (info[SNDBUF], info[SNDBUF].saturating_sub(info[WMEM_QUEUED]));
+        // As the kernel's sk_stream_is_writeable has it.
+        SendSpace { free, size, writable: free >= info[WMEM_QUEUED] / 2 }
     }
 
     fn shutdown_write(&mut self, sock: SockId) {
