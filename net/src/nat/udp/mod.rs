@@ -463,7 +463,7 @@ fn addressee(
 }
 
 /// What a guest is told about an error that came back.
-fn relayed(error: &SocketError) -> Option<IcmpError> {
+pub(crate) fn relayed(error: &SocketError) -> Option<IcmpError> {
     let mtu = u16::try_from(error.mtu).unwrap_or(u16::MAX);
     match (error.origin, error.errno) {
         (Origin::Icmp(kind @ (3 | 11 | 12), code), _) => Some(IcmpError::Relayed(kind, code, mtu)),
