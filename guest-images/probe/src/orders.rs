@@ -37,7 +37,7 @@ type Row = (&'static str, Target, &'static [(&'static str, Kind)]);
 
 /// Every verb, whether it has a target, and its keys.
 pub const VERBS: &[Row] = &[
-    ("dhcp", Target::None, &[("hostname", Text), ("renew", Number)]),
+    ("dhcp", Target::None, &[("hostname", Text)]),
     ("static", Target::Required, &[("gw", Text), ("dns", Text)]),
     (
         "dhcp-raw",

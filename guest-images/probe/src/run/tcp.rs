@@ -20,6 +20,8 @@ use smoltcp::wire::Ipv4Address;
 const TCP: u8 = 6;
 /// How long a connection may take to close before it is dropped, in milliseconds.
 const CLOSE: u32 = 3000;
+/// Buffers of a connection that echoes in bulk, in bytes.
+const ECHO_WINDOW: usize = 512 * 1024;
 /// The longest HTTP header that is read.
 const HTTP_HEADER_MAX: usize = 16 * 1024;
 
@@ -203,7 +205,8 @@ pub(super) fn echo<N: Nic>(stack: &mut Stack<N>, order: &Order, report: &mut Rep
     };
     let total = u64::from(order.number("bytes", 4096));
     let (start, deadline) = (stack.now(), stack.after(order.number("timeout", 30_000)));
-    let connection = connect(stack, to, &Options::default(), deadline, report)?;
+    let connection =
+        connect(stack, to, &Options { window: ECHO_WINDOW, ..Options::default() }, deadline, report)?;
     let (mut sent, mut got, mut same) = (0, 0, true);
     let done = stack.until(deadline, |stack| {
         let socket = stack.sockets.get_mut::<Socket>(connection.handle);

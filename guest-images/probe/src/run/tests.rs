@@ -129,7 +129,11 @@ impl Wire {
             }
         }
         for _ in 0..3 {
-            self.peer.poll(Instant::from_micros(self.clock as i64), &mut self.theirs, &mut self.sockets);
+            self.peer.poll(
+                Instant::from_micros(self.clock.cast_signed()),
+                &mut self.theirs,
+                &mut self.sockets,
+            );
             self.serve();
         }
         self.ours.incoming.extend(self.theirs.outgoing.drain(..));
@@ -159,7 +163,7 @@ impl Device for Wire {
 
 impl Nic for Wire {
     fn now(&self) -> Instant {
-        Instant::from_micros(self.clock as i64)
+        Instant::from_micros(self.clock.cast_signed())
     }
 
     fn flush(&mut self) {}
@@ -167,7 +171,7 @@ impl Nic for Wire {
     fn wait(&mut self, until: Instant) {
         self.clock += DELAY;
         if !self.carry() {
-            self.clock = self.clock.max(until.total_micros() as u64);
+            self.clock = self.clock.max(until.total_micros().cast_unsigned());
         }
     }
 

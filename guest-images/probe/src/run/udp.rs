@@ -5,7 +5,6 @@ use crate::nic::Nic;
 use crate::orders::Order;
 use crate::report::Report;
 use crate::stack::{Progress, Reason, Stack};
-use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 use smoltcp::iface::SocketHandle;
@@ -133,7 +132,7 @@ pub(super) fn send<N: Nic>(stack: &mut Stack<N>, order: &Order, report: &mut Rep
         }
     });
     stack.sockets.remove(handle);
-    report.text("from", String::from_iter([alloc::format!("{port}")]));
+    report.number("port", u64::from(port));
     report.number("sent", sent);
     report.number("bytes", sent * size as u64);
     done.ok_or(Reason::Timeout)
