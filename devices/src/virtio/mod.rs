@@ -34,6 +34,8 @@ pub mod mmio;
 pub mod net;
 mod queue;
 pub mod rng;
+#[cfg(test)]
+pub(crate) mod testing;
 
 pub use interrupt::Interrupt;
 pub use queue::{Direction, MAX_DESCRIPTORS, QueueError, Ring};

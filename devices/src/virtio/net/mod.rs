@@ -32,6 +32,7 @@ mod counters;
 mod ctrl;
 mod pieces;
 mod rx;
+mod sys;
 #[cfg(test)]
 mod tests;
 mod tx;

@@ -15,7 +15,8 @@ use net::{Lent, RxRing, VNET_HDR_LEN, VnetHdr};
 use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
 use super::counters::Turn;
-use super::pieces::{recycle, take_front};
+use super::pieces::take_front;
+use super::sys::Spare;
 use crate::virtio::{Direction, QueueError, Ring};
 
 /// Most pieces of one loan: what one `recvmsg` takes is 1024.
@@ -34,8 +35,8 @@ struct Chain {
 /// The allocations of a turn, kept between turns.
 #[derive(Default)]
 pub(super) struct RxScratch {
-    pieces: Vec<VolatileSlice<'static>>,
-    header: Vec<VolatileSlice<'static>>,
+    pieces: Spare,
+    header: Spare,
     chains: VecDeque<Chain>,
 }
 
@@ -79,10 +80,10 @@ impl<'t, 'm> RxTurn<'t, 'm> {
             ring,
             turn,
             mergeable,
-            pieces: recycle(std::mem::take(&mut scratch.pieces)),
+            pieces: scratch.pieces.take(),
             start: 0,
             room: 0,
-            header: recycle(std::mem::take(&mut scratch.header)),
+            header: scratch.header.take(),
             chains: std::mem::take(&mut scratch.chains),
             cut: None,
             unpublished: 0,
@@ -96,8 +97,8 @@ impl<'t, 'm> RxTurn<'t, 'm> {
         // No more than a queue's size was gathered.
         self.ring.unpop(self.chains.len() as u16);
         self.chains.clear();
-        scratch.pieces = recycle(self.pieces);
-        scratch.header = recycle(self.header);
+        scratch.pieces.put(self.pieces);
+        scratch.header.put(self.header);
         scratch.chains = self.chains;
         match self.error {
             Some(error) => Err(error),

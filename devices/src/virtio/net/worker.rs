@@ -22,8 +22,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{F_MRG_RXBUF, guest_offloads};
 use super::counters::Turn;
-use super::pieces::recycle;
 use super::rx::{RxScratch, RxTurn};
+use super::sys::Spare;
 use super::tx::{TxEnd, transmit};
 use super::{CTRL, RX, Shared, TX, ctrl};
 use crate::virtio::{Interrupt, Memory, QueueError, Ring};
@@ -71,7 +71,7 @@ enum Stop {
 /// Allocations that outlive a turn.
 #[derive(Default)]
 struct Scratch {
-    tx: Vec<VolatileSlice<'static>>,
+    tx: Spare,
     rx: RxScratch,
 }
 
@@ -246,9 +246,9 @@ fn send_turn(
     turn: &mut Turn,
 ) -> Result<(), Stop> {
     let memory = Arc::clone(&active.memory);
-    let mut pieces = recycle(std::mem::take(&mut scratch.tx));
+    let mut pieces = scratch.tx.take();
     let end = transmit(&memory, &mut active.tx, active.features, port, &mut pieces, turn);
-    scratch.tx = recycle(pieces);
+    scratch.tx.put(pieces);
     let end = end?;
     active.port_full = end == TxEnd::PortFull;
     if end == TxEnd::More {
