@@ -1,5 +1,8 @@
 //! Spare allocations for lists of guest memory pieces, which move with their worker to another thread.
-#![allow(unsafe_code, reason = "VolatileSlice holds a pointer and is not Send, even where there is none in the list")]
+#![allow(
+    unsafe_code,
+    reason = "VolatileSlice holds a pointer and is not Send, even where there is none in the list"
+)]
 
 use vm_memory::VolatileSlice;
 

@@ -17,7 +17,6 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use net::{FramePort, Received};
-use vm_memory::VolatileSlice;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{F_MRG_RXBUF, guest_offloads};
