@@ -1,0 +1,78 @@
+//! The escape key of the console.
+
+/// Ctrl-A.
+const PREFIX: u8 = 0x01;
+
+/// What a typed byte means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Key {
+    /// Send these bytes to the guest: none, one or two.
+    Send([u8; 2], usize),
+    /// Stop the machine.
+    Quit,
+}
+
+impl Key {
+    /// The bytes for the guest.
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Send(bytes, len) => &bytes[..*len],
+            Self::Quit => &[],
+        }
+    }
+}
+
+/// Finds Ctrl-A x in what is typed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Escape {
+    after_prefix: bool,
+}
+
+impl Escape {
+    /// Takes one typed byte.
+    pub fn key(&mut self, byte: u8) -> Key {
+        let after_prefix = std::mem::take(&mut self.after_prefix);
+        match (after_prefix, byte) {
+            (false, PREFIX) => {
+                self.after_prefix = true;
+                Key::Send([0; 2], 0)
+            }
+            (false, _) | (true, PREFIX) => Key::Send([byte, 0], 1),
+            (true, b'x' | b'X') => Key::Quit,
+            (true, _) => Key::Send([PREFIX, byte], 2),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn typed(text: &[u8]) -> (Vec<u8>, bool) {
+        let mut escape = Escape::default();
+        let mut sent = Vec::new();
+        for byte in text {
+            match escape.key(*byte) {
+                Key::Quit => return (sent, true),
+                key => sent.extend(key.bytes()),
+            }
+        }
+        (sent, false)
+    }
+
+    #[test]
+    fn ctrl_a_x_quits_and_what_came_before_is_sent() {
+        assert_eq!(typed(b"ls\x01xyz"), (b"ls".to_vec(), true));
+        assert_eq!(typed(b"\x01X"), (vec![], true));
+    }
+
+    #[test]
+    fn ctrl_a_twice_sends_one() {
+        assert_eq!(typed(b"\x01\x01x"), (b"\x01x".to_vec(), false));
+    }
+
+    #[test]
+    fn ctrl_a_and_another_key_sends_both() {
+        assert_eq!(typed(b"\x01k\x03"), (b"\x01k\x03".to_vec(), false));
+    }
+}

@@ -1,0 +1,311 @@
+//! The description of a machine, and a machine built from it that has not started yet.
+
+use std::fmt::Write as _;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread;
+
+use devices::virtio::VirtioDevice;
+use devices::virtio::net::Net;
+use devices::virtio::rng::Rng;
+use event_manager::MutEventSubscriber;
+use kvm_ioctls::VcpuFd;
+use net::{FramePort, MacAddr};
+
+use super::error::{BuildError, StartError};
+use super::events::{VcpuThreads, Worker, new_loop, serve};
+use super::exit::{End, EndOnPanic, ExitReason, reason};
+use super::hardware::Hardware;
+use super::running::Running;
+use crate::acpi;
+use crate::boot::{self, BootSource, Kernel, KernelFormat};
+use crate::console::SerialInput;
+use crate::cpuid;
+use crate::kvm::Vm;
+use crate::layout::{MAX_VIRTIO_DEVICES, VIRTIO_MMIO_SIZE, virtio_gsi, virtio_mmio_base};
+use crate::memory::{self, GuestMemory};
+use crate::vcpu;
+
+/// RAM of a machine that does not say: 512 MiB.
+pub const DEFAULT_MEMORY: u64 = 512 << 20;
+/// Command line of a machine that does not say: console on the serial port, a panic ends the machine.
+pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
+
+/// A network interface of a machine.
+pub struct Nic {
+    /// Its Ethernet address.
+    pub mac: MacAddr,
+    /// What it is plugged into.
+    pub port: Box<dyn FramePort>,
+}
+
+/// Describes a machine. Every method replaces what was said before, unless it says that it adds.
+pub struct MachineBuilder {
+    cpus: u8,
+    memory: u64,
+    kernel: Option<Kernel>,
+    initrd: Option<Kernel>,
+    cmdline: String,
+    bare_metal: bool,
+    nics: Vec<Nic>,
+    entropy: bool,
+    virtio: Vec<(Box<dyn VirtioDevice>, Worker)>,
+    serial_output: Box<dyn Write + Send>,
+    serial_input: Option<OwnedFd>,
+    escape: bool,
+}
+
+impl MachineBuilder {
+    fn new() -> Self {
+        Self {
+            cpus: 1,
+            memory: DEFAULT_MEMORY,
+            kernel: None,
+            initrd: None,
+            cmdline: DEFAULT_CMDLINE.into(),
+            bare_metal: false,
+            nics: Vec::new(),
+            entropy: true,
+            virtio: Vec::new(),
+            serial_output: Box::new(io::sink()),
+            serial_input: None,
+            escape: false,
+        }
+    }
+
+    /// How many vCPUs: 1 to what KVM allows, at most 254. One unless said otherwise.
+    #[must_use]
+    pub fn cpus(mut self, cpus: u8) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// RAM in bytes, a multiple of 4096 between 4 MiB and 256 GiB. [`DEFAULT_MEMORY`] unless said otherwise.
+    #[must_use]
+    pub fn memory(mut self, bytes: u64) -> Self {
+        self.memory = bytes;
+        self
+    }
+
+    /// The kernel: a bzImage or a static ELF.
+    #[must_use]
+    pub fn kernel(mut self, kernel: impl Into<Kernel>) -> Self {
+        self.kernel = Some(kernel.into());
+        self
+    }
+
+    /// The initial RAM disk.
+    #[must_use]
+    pub fn initrd(mut self, initrd: impl Into<Kernel>) -> Self {
+        self.initrd = Some(initrd.into());
+        self
+    }
+
+    /// The kernel's command line. [`DEFAULT_CMDLINE`] unless said otherwise.
+    #[must_use]
+    pub fn cmdline(mut self, cmdline: impl Into<String>) -> Self {
+        self.cmdline = cmdline.into();
+        self
+    }
+
+    /// The guest reads no ACPI tables: tell it of the virtio devices on its command line, in Linux's syntax
+    /// (`virtio_mmio.device=4K@0xd0000000:16`).
+    #[must_use]
+    pub fn bare_metal(mut self, bare_metal: bool) -> Self {
+        self.bare_metal = bare_metal;
+        self
+    }
+
+    /// Adds a network interface.
+    #[must_use]
+    pub fn nic(mut self, nic: Nic) -> Self {
+        self.nics.push(nic);
+        self
+    }
+
+    /// Whether the machine has a virtio entropy device. It has, unless said otherwise.
+    #[must_use]
+    pub fn entropy(mut self, entropy: bool) -> Self {
+        self.entropy = entropy;
+        self
+    }
+
+    /// Adds a virtio device: the half for the transport, and the half for the I/O thread. Devices are numbered in the
+    /// order: network interfaces, these, entropy.
+    #[must_use]
+    pub fn virtio(
+        mut self,
+        device: Box<dyn VirtioDevice>,
+        worker: Box<dyn MutEventSubscriber + Send>,
+    ) -> Self {
+        self.virtio.push((device, worker));
+        self
+    }
+
+    /// Where the guest's serial output goes. Nowhere unless said otherwise. A sink that blocks never blocks the guest for
+    /// long: see [`devices::serial`].
+    #[must_use]
+    pub fn serial_output(mut self, sink: impl Write + Send + 'static) -> Self {
+        self.serial_output = Box::new(sink);
+        self
+    }
+
+    /// Where the guest's serial input comes from: a terminal, a pipe, a socket, a file. Its end is not the machine's.
+    #[must_use]
+    pub fn serial_input(mut self, source: OwnedFd) -> Self {
+        self.serial_input = Some(source);
+        self
+    }
+
+    /// Whether the escape of [`crate::console`] in the serial input stops the machine. Not unless said so.
+    #[must_use]
+    pub fn console_escape(mut self, escape: bool) -> Self {
+        self.escape = escape;
+        self
+    }
+
+    /// Makes the machine: memory, devices, the kernel in its place, vCPUs. No guest instruction has run yet.
+    ///
+    /// # Errors
+    /// [`BuildError`], one variant per concern.
+    pub fn build(self) -> Result<Machine, BuildError> {
+        let kernel = self.kernel.as_ref().ok_or(BuildError::NoKernel)?;
+        let virtio_devices = self.nics.len() + self.virtio.len() + usize::from(self.entropy);
+        if virtio_devices > MAX_VIRTIO_DEVICES {
+            return Err(BuildError::TooManyDevices { asked: virtio_devices, max: MAX_VIRTIO_DEVICES });
+        }
+        let cmdline = if self.bare_metal { announce(&self.cmdline, virtio_devices) } else { self.cmdline };
+        let memory = memory::allocate(self.memory)?;
+        let vm = Vm::new(memory.clone(), self.cpus)?;
+        let source = BootSource { kernel, initrd: self.initrd.as_ref(), cmdline: &cmdline };
+        let (entry, format) = boot::load(&memory, &source)?;
+        if format == KernelFormat::BzImage && self.memory < memory::LINUX_FLOOR {
+            let mib = self.memory >> 20;
+            tracing::warn!(mib, "a distribution's kernel needs about 128 MiB of memory to reach its init");
+        }
+        acpi::write(&memory, acpi::Hardware { cpus: self.cpus, virtio_devices })?;
+        let end = End::new().map_err(|source| BuildError::Device { what: "end signal", source })?;
+        let mut hardware = Hardware::new(&vm, self.serial_output)?;
+        let mut workers = virtio(&vm, &mut hardware, self.nics, self.virtio, self.entropy)?;
+        let hardware = Arc::new(hardware);
+        let end = Arc::new(end);
+        if let Some(source) = self.serial_input {
+            let quit = Box::new({
+                let end = Arc::clone(&end);
+                move || end.now(ExitReason::Stopped)
+            });
+            let serial = Arc::clone(&hardware.serial);
+            workers.push(Box::new(SerialInput::new(source, serial, self.escape, quit)));
+        }
+        let supported = cpuid::supported(vm.kvm())?;
+        let vcpus = (0..self.cpus)
+            .map(|id| vcpu::create(&vm, &supported, id, self.cpus, (id == 0).then_some(entry)))
+            .collect::<Result<_, _>>()?;
+        Ok(Machine { vcpus, hardware, workers, end, memory, vm, format })
+    }
+}
+
+/// A machine that has not started.
+pub struct Machine {
+    vcpus: Vec<VcpuFd>,
+    hardware: Arc<Hardware>,
+    workers: Vec<Worker>,
+    end: Arc<End>,
+    memory: GuestMemory,
+    vm: Vm,
+    format: KernelFormat,
+}
+
+impl Machine {
+    /// Begins a description: one vCPU, 512 MiB, no kernel, no network, a console that goes nowhere.
+    pub fn builder() -> MachineBuilder {
+        MachineBuilder::new()
+    }
+
+    /// What kind of kernel it has.
+    pub fn kernel_format(&self) -> KernelFormat {
+        self.format
+    }
+
+    /// Its RAM; the memfd behind it can be shared with another process.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Starts the threads: the guest runs.
+    ///
+    /// # Errors
+    /// [`StartError`]; no thread is left then.
+    pub fn start(self) -> Result<Running, StartError> {
+        let Self { vcpus, hardware, workers, end, memory, vm, .. } = self;
+        vcpu::install_kick_handler().map_err(StartError::KickSignal)?;
+        let events = new_loop(&end, workers)?;
+        let mut threads = VcpuThreads::new(Arc::clone(&end), vcpus.len());
+        for (id, fd) in (0u8..).zip(vcpus) {
+            let (hardware, memory, end) = (Arc::clone(&hardware), memory.clone(), Arc::clone(&end));
+            threads.push(spawn(format!("vcpu{id}"), move || {
+                let _guard = EndOnPanic(&end, "vcpu");
+                let ending = vcpu::run(id, fd, &hardware.buses, &memory, end.flag());
+                if let Some(reason) = reason(ending) {
+                    end.now(reason);
+                }
+            })?);
+        }
+        let io = {
+            let end = Arc::clone(&end);
+            spawn("io".into(), move || {
+                serve(events, &end, threads);
+                drop(vm);
+            })?
+        };
+        Ok(Running { end, io: Some(io), hardware })
+    }
+}
+
+/// Makes the virtio devices, in the order in which the guest counts them, and gives their workers.
+fn virtio(
+    vm: &Vm,
+    hardware: &mut Hardware,
+    nics: Vec<Nic>,
+    others: Vec<(Box<dyn VirtioDevice>, Worker)>,
+    entropy: bool,
+) -> Result<Vec<Worker>, BuildError> {
+    let mut workers: Vec<Worker> = Vec::with_capacity(MAX_VIRTIO_DEVICES);
+    for Nic { mac, port } in nics {
+        let (device, worker) =
+            Net::new(mac, port).map_err(|source| BuildError::Device { what: "network interface", source })?;
+        hardware.watch_nic(device.monitor());
+        hardware.add_virtio(vm, Box::new(device))?;
+        workers.push(Box::new(worker));
+    }
+    for (device, worker) in others {
+        hardware.add_virtio(vm, device)?;
+        workers.push(worker);
+    }
+    if entropy {
+        let (device, worker) =
+            Rng::new().map_err(|source| BuildError::Device { what: "entropy device", source })?;
+        hardware.add_virtio(vm, Box::new(device))?;
+        workers.push(Box::new(worker));
+    }
+    Ok(workers)
+}
+
+fn spawn<F: FnOnce() + Send + 'static>(name: String, body: F) -> Result<thread::JoinHandle<()>, StartError> {
+    thread::Builder::new()
+        .name(name.clone())
+        .spawn(body)
+        .map_err(|source| StartError::Thread { name, source })
+}
+
+/// The command line with one `virtio_mmio.device=` per device.
+fn announce(cmdline: &str, devices: usize) -> String {
+    let mut line = cmdline.to_owned();
+    for index in 0..devices {
+        let (size, base, gsi) = (VIRTIO_MMIO_SIZE >> 10, virtio_mmio_base(index), virtio_gsi(index));
+        let blank = if line.is_empty() { "" } else { " " };
+        write!(line, "{blank}virtio_mmio.device={size}K@{base:#x}:{gsi}").expect("a String takes everything");
+    }
+    line
+}

@@ -1,0 +1,34 @@
+//! A machine: built from a description, started, waited for.
+//!
+//! ```no_run
+//! use vmm::machine::Machine;
+//!
+//! let machine = Machine::builder().kernel("/boot/vmlinuz").initrd("/boot/initrd.img").memory(512 << 20).build()?;
+//! let reason = machine.start()?.wait();
+//! println!("{reason}");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! **Threads.** One per vCPU (`vcpuN`), one for events (`io`): devices' workers, console input and the end of the machine.
+//! The serial console adds one that waits for its sink.
+//!
+//! **The end.** Whatever ends a machine (a device that the guest asked, a vCPU that failed, [`Running::stop`]) stores its
+//! reason, the first one wins, and wakes the I/O thread. That one kicks and joins the vCPUs, drops the devices and
+//! ends itself. When [`Running::wait`] has returned, or [`Running`] is dropped, no thread, descriptor or mapping of the
+//! machine is left.
+
+mod builder;
+mod error;
+mod events;
+mod exit;
+mod hardware;
+mod running;
+
+#[cfg(test)]
+mod tests;
+
+pub use crate::vcpu::{CpuState, Failure};
+pub use builder::{DEFAULT_CMDLINE, DEFAULT_MEMORY, Machine, MachineBuilder, Nic};
+pub use error::{BuildError, StartError};
+pub use exit::ExitReason;
+pub use running::{Counters, NicCounters, Running, Stopper};
