@@ -1,18 +1,29 @@
 //! The guests of Pontoon: the init of our Linux images, the builder of those images, and the
 //! parts it is made of.
 //!
+//! - [`store`]: images, built once and kept: [`Store`], [`Image`].
+//! - [`initrd`]: what one boot is asked to do, carried behind an image's initrd.
 //! - [`deb`]: Debian packages without root: resolved, fetched, verified, unpacked.
 //! - [`cpio`]: the writer of initramfs archives.
 //! - [`progress`]: how long work tells what it does.
+//! - [`INIT`]: PID 1 of our Linux images, a program of its own in `init/`.
 
 pub mod cpio;
 pub mod deb;
+mod debian;
+pub mod initrd;
 pub mod progress;
+pub mod store;
 
 pub use progress::{Progress, Silent};
+pub use store::{BuildOptions, Error, Image, Manifest, Store, cache_dir};
 
 /// The init of our Linux images: a static x86-64 ELF program, to be put at `/init` of an initramfs.
 pub const INIT: &[u8] = include_bytes!(env!("PONTOON_INIT"));
 
 /// PID 1 of the lab's outer machine: a static x86-64 ELF program, to be put at `/init` of its initramfs.
 pub const LAB_INIT: &[u8] = include_bytes!(env!("PONTOON_LAB_INIT"));
+
+/// The probe: a bare-metal ELF guest that carries out the network orders of its command line and reports
+/// in JSON lines on COM1 (docs/probe.md).
+pub const PROBE: &[u8] = include_bytes!(env!("PONTOON_PROBE"));

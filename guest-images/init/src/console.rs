@@ -2,6 +2,9 @@
 //!
 //! The kernel starts init with `/dev/console`, which can't be a controlling terminal (no ctrl-C, no job control). The device behind
 //! it can; `/sys/class/tty/console/active` names it, the preferred one last.
+//!
+//! Init itself leads the session, and the command is only the foreground process group in it: when a session's leader
+//! ends, the kernel hangs the terminal up and throws away what has not been sent yet, which would be the command's last output.
 
 use std::fmt::Arguments;
 use std::fs::File;
@@ -20,22 +23,22 @@ pub(crate) enum Mode {
     Bytes,
 }
 
-/// Makes the device behind the console the standard streams of init and of what it starts.
+/// Makes the device behind the console the standard streams of init and of what it starts, and init's controlling terminal.
 pub(crate) fn take() {
     let active = std::fs::read_to_string("/sys/class/tty/console/active").unwrap_or_default();
     let name = active.split_whitespace().last().unwrap_or("console");
     let open = |name: &str| File::options().read(true).write(true).open(format!("/dev/{name}"));
     match open(name).or_else(|_| open("console")) {
         Ok(file) => {
-            if let Err(error) = sys::become_stdio(file.as_fd()) {
-                say(format_args!("cannot use /dev/{name} as the console: {error}"));
+            if let Err(error) = sys::become_stdio(file.as_fd()).and_then(|()| sys::lead_session()) {
+                say(format_args!("/dev/{name} is no controlling terminal: {error}"));
             }
         }
         Err(error) => say(format_args!("cannot open the console /dev/{name}: {error}")),
     }
 }
 
-/// Puts the console into the mode that the command is to find.
+/// Puts the console into the mode that the command, and init's own lines, are to find.
 pub(crate) fn prepare(mode: Mode) {
     let done = match mode {
         Mode::Terminal => Ok(()),

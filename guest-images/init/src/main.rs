@@ -14,7 +14,7 @@
 //! 2. Load the modules that the hardware's modaliases ask for, until no new hardware appears.
 //! 3. Bring up lo; for every NIC start udhcpc, which keeps the lease in the background; print the address.
 //!    Without a NIC nothing is waited for; without an answer at most [`net::DHCP_LIMIT`].
-//! 4. Run the command, or a login shell, in a session of its own whose controlling terminal is the console; reap
+//! 4. Run the command, or a login shell, in the foreground of the console, which is its controlling terminal; reap
 //!    orphans meanwhile.
 //! 5. Stop everything, write disks back, and hand the status to the VMM through the exit device (one byte to I/O port
 //!    0xF4); power off where there is none.
@@ -47,11 +47,11 @@ fn main() {
     console::take();
     let options = Options::parse(&std::fs::read_to_string("/proc/cmdline").unwrap_or_default());
     let request = Request::read(std::path::Path::new("/pontoon"));
+    console::prepare(request.console);
     supervise::block_signals();
     modules::load(&options.modules);
     let hostname = set_hostname(request.hostname.as_deref());
     net::up(&hostname, options.dhcp);
-    console::prepare(request.console);
     power::end(supervise::run(&request));
 }
 

@@ -16,9 +16,11 @@ use crate::{say, sys};
 const SIGNALS: [i32; 6] =
     [libc::SIGCHLD, libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM, libc::SIGINT, libc::SIGPWR];
 
-/// From here on signals are waited for; what init starts gets an empty mask again (std sees to that).
+/// From here on signals are waited for; what init starts must get an empty mask again ([`sys::with_clean_signals`]).
+///
+/// SIGTTOU is blocked and never waited for: init uses the terminal while another group is in its foreground.
 pub(crate) fn block_signals() {
-    if let Err(error) = sys::block_signals(&SIGNALS) {
+    if let Err(error) = sys::block_signals(&SIGNALS).and_then(|()| sys::block_signals(&[libc::SIGTTOU])) {
         say!("cannot block signals: {error}");
     }
 }
@@ -45,7 +47,8 @@ pub(crate) fn run(request: &Request) -> End {
         .env_clear()
         .envs(default_environment())
         .envs(request.env.iter().map(|(name, value)| (name, value)));
-    sys::in_own_session(&mut command);
+    sys::in_foreground(&mut command);
+    sys::with_clean_signals(&mut command);
     match command.spawn() {
         Ok(child) => wait_for_main(child.id()),
         Err(error) => {

@@ -104,14 +104,34 @@ pub(crate) fn drain(terminal: BorrowedFd<'_>) -> io::Result<()> {
     check(unsafe { libc::tcdrain(terminal.as_raw_fd()) })
 }
 
-/// The command will lead a session whose controlling terminal is its standard input, if that is a terminal.
-pub(crate) fn in_own_session(command: &mut Command) {
-    // SAFETY: between fork and exec only these two system calls are made; both are async-signal-safe and touch no memory.
+/// Makes init the leader of a session whose controlling terminal is its standard input.
+pub(crate) fn lead_session() -> io::Result<()> {
+    // SAFETY: takes no memory. setsid fails only for who leads a group already, and then the next call tells.
+    unsafe { libc::setsid() };
+    // SAFETY: takes numbers only.
+    check(unsafe { libc::ioctl(0, libc::TIOCSCTTY, 1) })
+}
+
+/// The command will start with no signal blocked: a mask is inherited over exec.
+pub(crate) fn with_clean_signals(command: &mut Command) {
+    let none = signal_set(&[]);
+    // SAFETY: between fork and exec only an async-signal-safe call is made; the set was copied into the closure.
+    unsafe {
+        command.pre_exec(move || {
+            check(libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()))
+        });
+    }
+}
+
+/// The command will be the terminal's foreground process group: the one that ctrl-C means, and that may read.
+pub(crate) fn in_foreground(command: &mut Command) {
+    command.process_group(0);
+    // SAFETY: between fork and exec only async-signal-safe calls are made, and they touch no memory.
     unsafe {
         command.pre_exec(|| {
-            libc::setsid();
-            // Refused when standard input is no terminal; the command then runs without job control.
-            libc::ioctl(0, libc::TIOCSCTTY, 1);
+            // A new group is in the background until this is done; it is not stopped for doing it because init
+            // has SIGTTOU blocked. Refused when there is no controlling terminal: then there is no job control.
+            libc::tcsetpgrp(0, libc::getpid());
             Ok(())
         });
     }
