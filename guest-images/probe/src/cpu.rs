@@ -1,5 +1,18 @@
 //! What the drivers need of the processor.
 
+/// How to go wrong on purpose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Crash {
+    /// A Rust panic.
+    Panic,
+    /// An invalid instruction.
+    Exception,
+    /// An invalid instruction without an IDT: the CPU shuts down.
+    TripleFault,
+    /// A loop without end and without sleep.
+    Hang,
+}
+
 /// Time, sleep and port I/O.
 pub trait Cpu {
     /// Microseconds since boot.
@@ -15,4 +28,6 @@ pub trait Cpu {
     fn port_write(&self, port: u16, width: u8, value: u32);
     /// Makes the console usable after its registers were scribbled over.
     fn console_reset(&self);
+    /// Crashes.
+    fn crash(&self, how: Crash);
 }

@@ -1,5 +1,6 @@
 //! What the orders need of a network card: a smoltcp device that can be waited for, watched and abused.
 
+use crate::cpu::Cpu;
 use crate::observe::Observer;
 use crate::virtio::abuse::{Abuse, Damage};
 use crate::virtio::{Refused, offload::HEADER};
@@ -49,6 +50,8 @@ pub trait Nic: Device {
     fn observer(&mut self) -> &mut Observer;
     /// Queues any bytes with any header; false if there was no room.
     fn send_raw(&mut self, header: [u8; HEADER], frame: &[u8]) -> bool;
+    /// The processor behind the card, if there is one.
+    fn cpu(&self) -> Option<&dyn Cpu>;
     /// Misuses the device, then brings it up again. `None`: this card has nothing to misuse.
     fn abuse(&mut self, abuse: Abuse) -> Option<Result<Damage, Refused>>;
 }

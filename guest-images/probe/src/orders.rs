@@ -71,6 +71,7 @@ pub const VERBS: &[Row] = &[
     ),
     ("wait", Target::Number, &[]),
     ("stats", Target::None, &[]),
+    ("end", Target::Required, &[]),
     ("bad", Target::Required, &[("count", Number), ("seed", Number)]),
 ];
 

@@ -9,7 +9,7 @@ use alloc::format;
 use alloc::string::String;
 use core::fmt::Write;
 use probe::cmdline::{self, CommandLine};
-use probe::cpu::Cpu;
+use probe::cpu::{Cpu, Crash};
 use probe::nic::Nic;
 use probe::report::Report;
 use probe::stack::Stack;
@@ -86,6 +86,18 @@ impl Cpu for Processor {
 
     fn console_reset(&self) {
         sys::serial_reset();
+    }
+
+    fn crash(&self, how: Crash) {
+        match how {
+            #[expect(clippy::panic, reason = "this is the panic that was ordered")]
+            Crash::Panic => panic!("ordered"),
+            Crash::Exception => sys::invalid_instruction(),
+            Crash::TripleFault => sys::triple_fault(),
+            Crash::Hang => loop {
+                core::hint::spin_loop();
+            },
+        }
     }
 }
 

@@ -126,6 +126,18 @@ pub(crate) fn sleep_ticks(seen: u64, deadline: Option<u64>) {
     };
 }
 
+/// Raises #UD.
+pub(crate) fn invalid_instruction() {
+    // SAFETY: the exception's handler doesn't return here.
+    unsafe { asm!("ud2", options(nomem, nostack, noreturn)) }
+}
+
+/// Makes the CPU shut down.
+pub(crate) fn triple_fault() {
+    // SAFETY: service 3 of boot.s doesn't return.
+    unsafe { asm!("int3", in("eax") 3, options(nomem, nostack, noreturn)) }
+}
+
 /// Reads `T` from physical memory that boot_params pointed out.
 fn physical<T: Copy>(address: u64) -> T {
     // SAFETY: called for boot_params and the command line only, which the boot protocol puts into RAM

@@ -9,6 +9,7 @@ mod bulk;
 mod dhcp;
 mod dhcp_raw;
 mod dns;
+mod end;
 mod icmp;
 mod listen;
 mod target;
@@ -91,6 +92,7 @@ fn dispatch<N: Nic>(stack: &mut Stack<N>, order: &Order, report: &mut Report) ->
             Ok(())
         }
         "stats" => stats(stack, report),
+        "end" => end::end(stack, order),
         "bad" => bad::bad(stack, order, report),
         _ => Err(Reason::Unsupported),
     }

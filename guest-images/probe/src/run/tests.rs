@@ -188,6 +188,10 @@ impl Nic for Wire {
         true
     }
 
+    fn cpu(&self) -> Option<&dyn crate::cpu::Cpu> {
+        None
+    }
+
     fn abuse(&mut self, _: Abuse) -> Option<Result<Damage, Refused>> {
         None
     }
@@ -403,4 +407,5 @@ fn malformed_frames_and_dhcp_garbage_are_sent_in_full_and_reproducibly() {
     assert!(ok, "{line}");
     assert!(alone("bad=dhcp-garbage,count=300,want.sent=300").1);
     assert!(alone("bad=rings,expect=unsupported").1);
+    assert!(alone("end=0,expect=unsupported").1);
 }

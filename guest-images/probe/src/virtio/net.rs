@@ -401,6 +401,10 @@ impl<C: Cpu> Nic for VirtioNet<C> {
         true
     }
 
+    fn cpu(&self) -> Option<&dyn Cpu> {
+        Some(&self.cpu)
+    }
+
     fn abuse(&mut self, abuse: super::abuse::Abuse) -> Option<Result<super::abuse::Damage, Refused>> {
         Some(super::abuse::run(self, abuse))
     }
