@@ -194,8 +194,10 @@ fn find_nic(line: &CommandLine, cpu: Processor) -> VirtioNet<Processor> {
                 continue;
             }
         };
-        let Some(nic) = found else { continue };
+        let Some(mut nic) = found else { continue };
         if nth == line.nic {
+            let others = line.devices.iter().filter(|other| other.base != device.base);
+            nic.set_others(others.map(|other| Window::new(other.base, other.size)).collect());
             return nic;
         }
         nth += 1;

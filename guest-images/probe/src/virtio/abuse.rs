@@ -7,6 +7,7 @@
 
 use super::net::VirtioNet;
 use super::queue::DESC_WRITE;
+use super::sys::Window;
 use super::{Refused, register, status};
 use crate::cpu::Cpu;
 use crate::nic::Nic;
@@ -30,7 +31,7 @@ pub enum Abuse {
         /// Rounds.
         count: u64,
     },
-    /// Random accesses to registers and ports.
+    /// Random accesses to registers of all virtio devices and to ports.
     Registers {
         /// Seed of the random choices.
         seed: u64,
@@ -166,19 +167,27 @@ fn registers<C: Cpu>(nic: &mut VirtioNet<C>, rng: &mut Rng, count: u64) -> Resul
     for _ in 0..count {
         match rng.below(4) {
             0 => scribble_port(nic, rng),
-            _ => scribble_register(nic, rng),
+            _ => scribble_register(&window(nic, rng), rng),
         }
         damage.rounds += 1;
     }
     nic.cpu.console_reset();
+    for other in &nic.others {
+        other.set(register::STATUS, 0);
+    }
     damage.needs_reset =
         u64::from(nic.transport.registers().get(register::STATUS) & status::NEEDS_RESET != 0);
     nic.restart()?;
     Ok(damage)
 }
 
-fn scribble_register<C: Cpu>(nic: &VirtioNet<C>, rng: &mut Rng) {
-    let registers = nic.transport.registers();
+/// The NIC's registers half of the time, else some other device's.
+fn window<C: Cpu>(nic: &VirtioNet<C>, rng: &mut Rng) -> Window {
+    let own = *nic.transport.registers();
+    if nic.others.is_empty() || rng.below(2) == 0 { own } else { rng.pick(&nic.others) }
+}
+
+fn scribble_register(registers: &Window, rng: &mut Rng) {
     let width = rng.pick(&[1, 2, 4, 4, 4, 8]);
     let end = if rng.below(8) == 0 { registers.len() } else { SCRIBBLE_END };
     let offset = rng.below(end - u64::from(width));

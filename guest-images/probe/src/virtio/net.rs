@@ -64,6 +64,8 @@ pub struct VirtioNet<C> {
     pub(super) transport: Transport,
     pub(super) rx: Receive,
     pub(super) tx: Transmit,
+    /// Registers of the machine's other devices, for the abuse of registers.
+    pub(super) others: Vec<Window>,
     settings: Settings,
     facts: Facts,
     observer: Observer,
@@ -113,12 +115,18 @@ impl<C: Cpu> VirtioNet<C> {
             transport,
             rx: Receive::new(transport.queue_limit(RECEIVE)?, features, &settings),
             tx: Transmit::new(transport.queue_limit(TRANSMIT)?, event_idx, transport),
+            others: Vec::new(),
             settings,
             facts,
             observer: Observer::default(),
         };
         nic.go_live(features);
         Ok(Some(nic))
+    }
+
+    /// Tells which registers the machine's other devices have.
+    pub fn set_others(&mut self, others: Vec<Window>) {
+        self.others = others;
     }
 
     /// Resets the device and brings it up again with the same settings; buffers in flight are lost.
