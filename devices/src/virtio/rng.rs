@@ -189,3 +189,94 @@ fn fill(pieces: &[VolatileSlice<'_>], source: &mut dyn Read, buffer: &mut [u8]) 
     }
     done
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::F_EVENT_IDX;
+    use crate::virtio::testing::{DATA, Driver, into, out};
+
+    /// Counts up, so that a test knows its bytes.
+    struct Counting(u8);
+
+    impl Read for Counting {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            for byte in &mut *buffer {
+                *byte = self.0;
+                self.0 = self.0.wrapping_add(1);
+            }
+            Ok(buffer.len())
+        }
+    }
+
+    fn guest(source: impl Read + Send + 'static) -> Driver {
+        let (rng, worker) = Rng::with_source(Box::new(source)).unwrap();
+        let mut guest = Driver::new(rng, worker);
+        guest.start(F_EVENT_IDX);
+        guest
+    }
+
+    #[test]
+    fn a_request_is_filled_and_returned() {
+        let mut guest = guest(Counting(0));
+        let head = guest.add(0, &[into(DATA, 3), into(DATA + 0x100, 5)]);
+        guest.kick_and_run(0);
+        assert_eq!(guest.used(0), [(head, 8)]);
+        assert_eq!(guest.bytes(DATA, 4), [0, 1, 2, 0]);
+        assert_eq!(guest.bytes(DATA + 0x100, 6), [3, 4, 5, 6, 7, 0]);
+        assert_eq!(guest.line.take(), 1);
+    }
+
+    #[test]
+    fn a_greedy_request_gets_its_limit() {
+        let mut guest = guest(Counting(1));
+        let head = guest.add(0, &[into(DATA, 1 << 20)]);
+        guest.kick_and_run(0);
+        assert_eq!(guest.used(0), [(head, MAX_BYTES as u32)]);
+        assert_eq!(guest.bytes(DATA + MAX_BYTES as u64, 4), [0; 4]);
+    }
+
+    #[test]
+    fn more_requests_than_the_budget_take_more_turns_and_are_all_served() {
+        let mut guest = guest(Counting(0));
+        for _ in 0..BUDGET + 3 {
+            guest.add(0, &[into(DATA, 16)]);
+        }
+        guest.kick(0);
+        guest.run_once();
+        assert_eq!(guest.used(0).len(), BUDGET);
+        guest.run();
+        assert_eq!(guest.used(0).len(), 3);
+    }
+
+    #[test]
+    fn a_readable_buffer_breaks_the_queue_until_reset() {
+        let mut guest = guest(Counting(0));
+        guest.add(0, &[out(DATA, 16)]);
+        guest.kick_and_run(0);
+        guest.assert_broken();
+        guest.start(0);
+        guest.add(0, &[into(DATA, 16)]);
+        guest.kick_and_run(0);
+        assert_eq!(guest.used(0).len(), 1);
+    }
+
+    #[test]
+    fn a_source_that_fails_gives_nothing() {
+        let mut guest = guest(io::empty());
+        let head = guest.add(0, &[into(DATA, 16)]);
+        guest.kick_and_run(0);
+        assert_eq!(guest.used(0), [(head, 0)]);
+    }
+
+    #[test]
+    fn the_hosts_random_bytes_differ() {
+        let (rng, worker) = Rng::new().unwrap();
+        let mut guest = Driver::new(rng, worker);
+        guest.start(0);
+        guest.add(0, &[into(DATA, 64)]);
+        guest.add(0, &[into(DATA + 64, 64)]);
+        guest.kick_and_run(0);
+        assert_ne!(guest.bytes(DATA, 64), guest.bytes(DATA + 64, 64));
+    }
+}

@@ -200,17 +200,17 @@ impl Driver {
             ring.write_desc(&self.mem, ring.next_desc, Buf { flags, ..*buf }, next);
             ring.next_desc = next;
         }
-        self.offer(queue, head);
-        head
+        self.offer(queue, head)
     }
 
     /// Puts `head` into the available ring.
-    pub(crate) fn offer(&mut self, queue: usize, head: u16) {
+    pub(crate) fn offer(&mut self, queue: usize, head: u16) -> u16 {
         let ring = &mut self.queues[queue];
         let slot = ring.avail + 4 + 2 * u64::from(ring.avail_idx % ring.size);
         self.mem.write_obj(head, GuestAddress(slot)).unwrap();
         ring.avail_idx = ring.avail_idx.wrapping_add(1);
         self.mem.store(ring.avail_idx, GuestAddress(ring.avail + 2), Ordering::Release).unwrap();
+        head
     }
 
     /// Tells the device about what was added, if it asked to be told. Whether it was.

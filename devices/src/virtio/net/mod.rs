@@ -32,7 +32,6 @@ mod counters;
 mod ctrl;
 mod pieces;
 mod rx;
-mod sys;
 #[cfg(test)]
 mod tests;
 mod tx;

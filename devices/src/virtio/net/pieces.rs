@@ -2,11 +2,25 @@
 
 use vm_memory::VolatileSlice;
 
-/// The same allocation, empty, for pieces that live for another while. A list is borrowed from guest memory for
-/// one turn only, yet its allocation is to survive the turn.
-pub(super) fn recycle<'to>(pieces: Vec<VolatileSlice<'_>>) -> Vec<VolatileSlice<'to>> {
-    // Collecting a vector's own iterator reuses its allocation; the test holds it to that.
-    pieces.into_iter().map_while(|_| None).collect()
+/// The allocation of a list that is empty between turns. A list borrows from guest memory for one turn only, yet
+/// its allocation is to survive the turn, and to move to the worker's thread, which pointers may not.
+#[derive(Default)]
+pub(super) struct Spare(Vec<[usize; PIECE_WORDS]>);
+
+/// Words of a piece: an allocation is reused only for elements of the same size.
+const PIECE_WORDS: usize = size_of::<VolatileSlice<'static>>() / size_of::<usize>();
+
+impl Spare {
+    /// The list, for pieces that live for one turn.
+    pub(super) fn take<'m>(&mut self) -> Vec<VolatileSlice<'m>> {
+        // Collecting a vector's own iterator reuses its allocation; the test holds it to that.
+        std::mem::take(&mut self.0).into_iter().map_while(|_| None).collect()
+    }
+
+    /// Gives the list back, emptied.
+    pub(super) fn put(&mut self, pieces: Vec<VolatileSlice<'_>>) {
+        self.0 = pieces.into_iter().map_while(|_| None).collect();
+    }
 }
 
 /// Takes the first `len` bytes off `pieces[*start..]` and passes them to `taken`; moves `start` past the pieces
@@ -38,12 +52,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_recycled_list_keeps_its_allocation() {
+    fn a_spare_list_keeps_its_allocation() {
         let mut bytes = [0u8; 4];
         let mut list = Vec::with_capacity(100);
         list.push(VolatileSlice::from(&mut bytes[..]));
         let before = list.as_ptr().addr();
-        let again: Vec<VolatileSlice<'static>> = recycle(list);
+        let mut spare = Spare::default();
+        spare.put(list);
+        let again = spare.take();
         assert_eq!((again.len(), again.capacity(), again.as_ptr().addr()), (0, 100, before));
     }
 

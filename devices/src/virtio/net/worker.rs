@@ -21,8 +21,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{F_MRG_RXBUF, guest_offloads};
 use super::counters::Turn;
+use super::pieces::Spare;
 use super::rx::{RxScratch, RxTurn};
-use super::sys::Spare;
 use super::tx::{TxEnd, transmit};
 use super::{CTRL, RX, Shared, TX, ctrl};
 use crate::virtio::{Interrupt, Memory, QueueError, Ring};

@@ -11,7 +11,7 @@ fn descriptor() -> impl Strategy<Value = (Buf, u16)> {
         6 => (0u64..64).prop_map(|n| DATA + n * 0x100),
         1 => Just(SEAM - 20),
         1 => Just(MEMORY_END - 20),
-        1 => (0u64..0x4_0000),
+        1 => 0u64..0x4_0000,
         1 => any::<u64>(),
     ];
     let len = prop_oneof![6 => 0u32..3000, 2 => 0u32..16, 1 => Just(70_000u32), 1 => any::<u32>()];
@@ -55,7 +55,9 @@ fn perform(lab: &mut Lab, act: Act) {
         Act::Describe(queue, at, (buf, next)) => {
             lab.guest.queues[queue].write_desc(&lab.guest.mem, at, buf, next);
         }
-        Act::Offer(queue, head) => lab.guest.offer(queue, head),
+        Act::Offer(queue, head) => {
+            lab.guest.offer(queue, head);
+        }
         Act::AvailIndex(queue, idx) => {
             let addr = GuestAddress(lab.guest.queues[queue].avail + 2);
             lab.guest.mem.write_obj(idx, addr).unwrap();
