@@ -69,9 +69,6 @@ pub enum ActivateError {
     /// A queue that the device can't do without.
     #[error("the driver started the device without its queue {0}")]
     QueueMissing(usize),
-    /// The worker can't be woken.
-    #[error("waking the device's worker failed: {0}; raise the host's limits on open files")]
-    Wake(#[source] std::io::Error),
 }
 
 /// The transport's side of a device: identity, features, configuration space, life cycle.

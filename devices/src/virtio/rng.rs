@@ -40,6 +40,12 @@ struct Shared {
 }
 
 impl Shared {
+    /// Lets the worker take a turn, behind the other devices' events.
+    fn wake_worker(&self) {
+        // Fails only when the counter is at its limit, and then it is readable anyway.
+        let _ = self.kicks[0].write(1);
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<Active>> {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -101,7 +107,8 @@ impl VirtioDevice for Rng {
         let ring = queues.into_iter().next().and_then(Ring::new).ok_or(ActivateError::QueueMissing(0))?;
         *self.0.lock() = Some(Active { memory, interrupt, ring });
         // Buffers may be available already.
-        self.0.kicks[0].write(1).map_err(ActivateError::Wake)
+        self.0.wake_worker();
+        Ok(())
     }
 
     fn reset(&mut self) {
@@ -122,8 +129,7 @@ impl RngWorker {
                     active.interrupt.used();
                 }
                 if more {
-                    // Continue behind the other devices' events.
-                    let _ = self.shared.kicks[0].write(1);
+                    self.shared.wake_worker();
                 }
             }
             Err(error) => {

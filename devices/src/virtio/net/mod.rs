@@ -155,15 +155,17 @@ impl VirtioDevice for Net {
             started: false,
             starved: false,
             port_full: false,
+            unfinished: [false; 3],
         };
         self.shared.lock().active = Some(active);
         // The port may be told its offloads on the worker's thread only.
-        self.shared.wake.write(1).map_err(ActivateError::Wake)
+        self.shared.wake_worker();
+        Ok(())
     }
 
     fn reset(&mut self) {
         self.shared.lock().active = None;
-        // Only lets the worker stop polling the port; when it fails, the next event of the port does.
-        let _ = self.shared.wake.write(1);
+        // Lets the worker stop polling the port.
+        self.shared.wake_worker();
     }
 }

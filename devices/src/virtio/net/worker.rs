@@ -6,11 +6,11 @@
 //! | port readable | receive |
 //! | kick of the receive queue | receive, without waiting for the port: it was starved |
 //! | kick of the control queue | serve commands |
-//! | wake (activation, reset) | tell the port the guest's offloads, then all of the above; or rest |
+//! | wake after activation or reset | tell the port the guest's offloads, then all of the above; or rest |
+//! | wake after a turn that used up its budget | go on with it, behind the other events |
 //!
 //! The port is polled for input unless the guest has no buffers (`starved`), for output only while it is full, and
-//! not at all without a driver. A turn that used up its budget kicks its own queue, so that it continues behind
-//! the other events. All of it happens under [`Path`]'s mutex, which a vCPU takes to activate or to reset.
+//! not at all without a driver. All of it happens under [`Path`]'s mutex, which a vCPU takes to activate or to reset.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -56,6 +56,8 @@ pub(super) struct Active {
     pub(super) starved: bool,
     /// The port has no room for the guest's next frame.
     pub(super) port_full: bool,
+    /// The queues whose turn ended with its budget.
+    pub(super) unfinished: [bool; 3],
 }
 
 /// Why the device stops until it is reset.
@@ -185,10 +187,10 @@ impl Shared {
         self.path.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets the worker come back to `queue` behind the other events.
-    fn again(&self, queue: usize) {
+    /// Lets the worker come back behind the other events.
+    pub(super) fn wake_worker(&self) {
         // Fails only when the counter is at its limit, and then it is readable anyway.
-        let _ = self.kicks[queue].write(1);
+        let _ = self.wake.write(1);
     }
 }
 
@@ -211,7 +213,11 @@ fn dispatch(
         port.set_offloads(guest_offloads(active.features)).map_err(Stop::Offloads)?;
         active.started = true;
     }
-    let is = |queue: usize| starting || token as usize == queue;
+    let mut unfinished = [false; 3];
+    if token == WAKE {
+        std::mem::swap(&mut unfinished, &mut active.unfinished);
+    }
+    let is = |queue: usize| starting || token as usize == queue || unfinished[queue];
     if is(CTRL) {
         serve_commands(active, port, shared)?;
     }
@@ -225,15 +231,16 @@ fn dispatch(
     if is(RX) || (!active.starved && (sends || readable)) {
         receive_turn(active, port, shared, scratch, turn)?;
     }
+    if active.unfinished.contains(&true) {
+        shared.wake_worker();
+    }
     Ok(())
 }
 
 fn serve_commands(active: &mut Active, port: &mut dyn FramePort, shared: &Shared) -> Result<(), Stop> {
     let memory = Arc::clone(&active.memory);
     let Some(ring) = &mut active.ctrl else { return Ok(()) };
-    if ctrl::serve(&memory, ring, active.features, port)? {
-        shared.again(CTRL);
-    }
+    active.unfinished[CTRL] = ctrl::serve(&memory, ring, active.features, port)?;
     interrupt_for(ring, &memory, &active.interrupt, shared)
 }
 
@@ -250,9 +257,7 @@ fn send_turn(
     scratch.tx.put(pieces);
     let end = end?;
     active.port_full = end == TxEnd::PortFull;
-    if end == TxEnd::More {
-        shared.again(TX);
-    }
+    active.unfinished[TX] = end == TxEnd::More;
     interrupt_for(&mut active.tx, &memory, &active.interrupt, shared)
 }
 
@@ -266,6 +271,7 @@ fn receive_turn(
     let memory = Arc::clone(&active.memory);
     let mergeable = active.features & F_MRG_RXBUF != 0;
     active.starved = false;
+    active.rx.disarm(&memory)?;
     for _ in 0..REFILLS {
         let mut ring = RxTurn::new(&memory, &mut active.rx, mergeable, &mut scratch.rx, turn);
         let received = port.recv(&mut ring);
@@ -280,7 +286,7 @@ fn receive_turn(
         active.rx.disarm(&memory)?;
     }
     // The guest refills as fast as the port fills: let the others have a turn.
-    shared.again(RX);
+    active.unfinished[RX] = true;
     interrupt_for(&mut active.rx, &memory, &active.interrupt, shared)
 }
 

@@ -228,3 +228,40 @@ fn bad_receive_buffers_break_the_queue() {
         assert_eq!(lab.guest.run_once(), 0, "a broken NIC does not poll its port");
     }
 }
+
+/// Looks at the used index from inside the port, where the driver could look at any time.
+#[test]
+fn a_frames_buffers_become_visible_together() {
+    use super::super::counters::Turn;
+    use super::super::rx::{RxScratch, RxTurn};
+    use crate::virtio::Ring;
+    use net::{Lent, RxRing};
+    use virtio_queue::{Queue, QueueT};
+    use vm_memory::{Bytes, GuestAddress};
+
+    let mut lab = Lab::new(Offloads::all());
+    let vring = &lab.guest.queues[RX];
+    let mut queue = Queue::new(QUEUE_SIZE).unwrap();
+    queue.set_desc_table_address(Some(vring.desc as u32), None);
+    queue.set_avail_ring_address(Some(vring.avail as u32), None);
+    queue.set_used_ring_address(Some(vring.used as u32), None);
+    queue.set_ready(true);
+    let used_index = GuestAddress(vring.used + 2);
+    for n in 0..100 {
+        lab.post(DATA + 0x1000 * n, 100);
+    }
+    let (mem, mut ring) = (lab.guest.mem.clone(), Ring::new(queue).unwrap());
+    let (mut scratch, mut counts) = (RxScratch::default(), Turn::default());
+    let mut turn = RxTurn::new(&mem, &mut ring, true, &mut scratch, &mut counts);
+    let mut boundaries = vec![0u16];
+    for n in 1..=30 {
+        assert!(matches!(turn.lend(288, 400), Lent::Buffers(_)));
+        turn.commit(VnetHdr::default(), 288);
+        boundaries.push(3 * n);
+        let visible: u16 = mem.read_obj(used_index).unwrap();
+        assert!(boundaries.contains(&visible), "{visible} used buffers are no whole number of frames");
+    }
+    turn.finish(&mut scratch).unwrap();
+    assert_eq!(mem.read_obj::<u16>(used_index).unwrap(), 90);
+    assert_eq!(ring.position(), 90, "what was lent and not used is available again");
+}
