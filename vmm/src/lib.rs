@@ -5,6 +5,7 @@ pub mod boot;
 pub mod console;
 pub mod cpuid;
 pub mod kvm;
+pub mod lab;
 pub mod layout;
 pub mod machine;
 pub mod memory;

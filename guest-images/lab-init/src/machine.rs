@@ -4,6 +4,7 @@ use std::ffi::CString;
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,7 @@ pub(crate) fn prepare() -> Result<Vec<Module>, Error> {
     let early = read_modules(Path::new("/early"))?;
     let late = read_modules(Path::new("/late"))?;
     enter_root()?;
+    install_busybox()?;
     rustix::system::sethostname(b"lab").context(|| "set the host name".into())?;
     sys::set_up("lo").context(|| "bring up lo".into())?;
     load(&early)?;
@@ -96,6 +98,13 @@ fn enter_root() -> Result<(), Error> {
     mount_move(".", "/").context(|| "move the new root".into())?;
     rustix::process::chroot(".").context(|| "chroot into the new root".into())?;
     std::env::set_current_dir("/").context(|| "enter /".into())
+}
+
+/// Makes a link for every applet whose name nothing else has taken.
+fn install_busybox() -> Result<(), Error> {
+    let output = Command::new("/bin/busybox").args(["--install", "-s"]).output();
+    // It complains about names that are taken, which is as it should be.
+    output.map(drop).context(|| "run busybox --install".into())
 }
 
 fn make_directory(path: &Path) -> Result<(), Error> {

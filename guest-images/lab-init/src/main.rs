@@ -29,7 +29,7 @@ fn main() {
         Ok((late, link)) => Waiting { late, link },
         Err(error) => {
             eprintln!("lab-init: {error}");
-            halt();
+            give_up();
         }
     };
     if let Err(error) = link.serve() {
@@ -77,6 +77,12 @@ impl<T, E: std::fmt::Display> Context<T> for Result<T, E> {
     fn context(self, doing: impl FnOnce() -> String) -> Result<T, Error> {
         self.map_err(|error| format!("cannot {}: {error}", doing()).into())
     }
+}
+
+/// Ends the machine, and the emulator with it, before it is of any use. The console has the reason.
+fn give_up() -> ! {
+    let _ = rustix::system::reboot(rustix::system::RebootCommand::Restart);
+    halt()
 }
 
 /// PID 1 must not return: the kernel would panic and bury the message.

@@ -48,6 +48,9 @@ pub(super) fn resolve(dir: &Path, names: &[&str], dependencies: Dependencies) ->
         Dependencies::Ignored => command.args(["-qq", "--print-uris", "download"]),
         Dependencies::Included => command.args(["-qq", "--print-uris", "install"]),
     };
+    // Without this, apt would not mention what lies in the archive directory already. Here it finds no
+    // package (but the subdirectory `partial`, on which it insists).
+    command.arg("-o").arg(format!("Dir::Cache::archives={}/", dir.join("lists").display()));
     command.arg("--").args(names);
     let mut lines = Vec::new();
     run(dir, &action, command, |line| lines.push(line.to_owned()))?;
