@@ -66,6 +66,7 @@ use self::poller::{Events, Owner, Token};
 use self::services::Services;
 use self::sys::SysHost;
 use self::tcp::Tcp;
+pub use self::tcp::TcpFlow;
 use self::udp::Udp;
 use crate::{
     Counters, DropReason, ETHERNET_LEN, FramePort, MacAddr, Offloads, Received, RxRing, Sent, TxFrame,
@@ -166,6 +167,17 @@ impl Nat {
         &self.shared.config
     }
 
+    /// Where the published TCP ports listen, once the host has chosen the ports that were given as 0.
+    pub fn published(&mut self) -> Vec<(Publish, std::net::SocketAddrV4)> {
+        let now = self.now();
+        self.tcp.published(&mut self.shared.cx(now))
+    }
+
+    /// The TCP connections there are.
+    pub fn tcp_flows(&self) -> Vec<TcpFlow> {
+        self.tcp.flows()
+    }
+
     fn now(&mut self) -> Instant {
         *self.turn.get_or_insert_with(Instant::now)
     }
@@ -260,13 +272,16 @@ impl Nat {
         self.serve_streams();
     }
 
-    /// Asks for guests that something is to be sent to.
-    fn ask(&mut self, now: Instant) {
+    /// Asks for guests that something is to be sent to. Says whether it has.
+    fn ask(&mut self, now: Instant) -> bool {
+        let mut asked = false;
         for addr in self.shared.neighbours.take_wanted() {
             if let Some(frame) = self.arp.ask(addr, now) {
                 self.shared.cx(now).post(frame.to_vec());
+                asked = true;
             }
         }
+        asked
     }
 
     /// Hands streams that a guest opened to the gateway to their services.
@@ -389,8 +404,10 @@ impl FramePort for Nat {
         self.poll(now);
         self.expire(now);
         self.serve_streams();
-        let outcome = self.emit(now, ring);
-        self.ask(now);
+        let mut outcome = self.emit(now, ring);
+        if self.ask(now) && outcome == Received::Drained {
+            outcome = self.shared.outbox.emit(&mut self.shared.counters, ring);
+        }
         self.arm(now, outcome == Received::Again);
         self.turn = None;
         outcome
