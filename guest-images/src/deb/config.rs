@@ -16,13 +16,15 @@ const SECURITY_MIRROR: &str = "http://deb.debian.org/debian-security";
 
 /// Packages that others depend on for their maintainer scripts alone. No script runs here, so they count as installed,
 /// unless they are what is asked for.
-const ONLY_FOR_SCRIPTS: [&str; 10] = [
+const ONLY_FOR_SCRIPTS: [&str; 12] = [
     "adduser",
     "base-passwd",
     "debconf",
     "dpkg",
     "init-system-helpers",
+    "initramfs-tools",
     "libpam-runtime",
+    "linux-base",
     "passwd",
     "sensible-utils",
     "ucf",
