@@ -9,7 +9,7 @@ use std::net::{TcpListener, UdpSocket};
 use std::process::{Command, Stdio};
 
 use common::guest::{self, ACK, LINUX, MSS, Ring, Tcp, checksums_hold, pattern, recv_until, send};
-use common::{Lan, exists, has_tun, ip, sys};
+use common::{Lan, exists, has_tun, ip, sys, until_forwarding, wait};
 use net::tap::{TapError, TapName, TapPort};
 use net::{DropReason, FramePort, GsoType, Received, Sent, VnetHdr};
 use tun_tap::{Iface, Mode};
@@ -19,7 +19,9 @@ fn open(name: &str) -> Result<TapPort, TapError> {
 }
 
 fn on_bridge() -> TapPort {
-    TapPort::open(&TapName::default(), Some("br0")).unwrap()
+    let port = TapPort::open(&TapName::default(), Some("br0")).unwrap();
+    until_forwarding(port.name());
+    port
 }
 
 /// The LAN's host takes one connection and reads `len` bytes.
@@ -38,7 +40,7 @@ fn super_segment_arrives(lan: &Lan, port: &mut TapPort) {
     let received = sink(lan, payload.len());
     let tcp = Tcp::connect(port, 80);
     assert_eq!(send(port, tcp.partial(MSS), &tcp.segment(ACK, &payload)), Sent::Taken);
-    assert!(received.recv().unwrap() == payload);
+    assert!(wait(&received) == payload);
 }
 
 /// The LAN's host sends 14,000 bytes, which its first window allows; returns the frames that carried them.
@@ -50,7 +52,7 @@ fn frames_from_the_lan(lan: &Lan, port: &mut TapPort) -> Vec<(VnetHdr, Vec<u8>)>
         stream
     });
     let mut tcp = Tcp::connect(port, 80);
-    let _open = sender.recv().unwrap();
+    let _open = wait(&sender);
     data_frames(&mut tcp, port, 14_000)
 }
 
@@ -89,7 +91,7 @@ in_namespace! {
         assert_eq!(send(&mut port, VnetHdr::default(), &guest::udp(9, 7, b"ahoy")), Sent::Taken);
         let (_, frame) = recv_until(&mut port, |_, f| f.len() >= 46 && f[23] == 17 && f[36..38] == [0, 9]);
         assert_eq!(frame[42..46], *b"ahoy");
-        server.recv().unwrap();
+        wait(&server);
         let counters = port.counters();
         assert_eq!((counters.tx_frames, counters.tx_bytes), (1, 46));
         assert!(counters.rx_frames >= 1 && counters.drops().count() == 0);
@@ -100,20 +102,23 @@ in_namespace! {
         ip("link add br0 type bridge forward_delay 0");
         ip("link set br0 up");
         let peer = Iface::without_packet_info("peer0", Mode::Tap).unwrap();
+        let mut peer = std::fs::File::from(sys::take_fd(peer));
         ip("link set peer0 master br0 up");
+        until_forwarding("peer0");
         let mut port = on_bridge();
         let out = [&[2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 5, 0x88, 0xb5][..], &pattern(500)].concat();
         assert_eq!(send(&mut port, VnetHdr::default(), &out), Sent::Taken);
         let mut buf = [0; 2000];
         let got = loop {
-            let n = peer.recv(&mut buf).unwrap();
+            assert!(sys::wait_readable(&peer));
+            let n = peer.read(&mut buf).unwrap();
             if buf[12..14] == [0x88, 0xb5] {
                 break &buf[..n];
             }
         };
         assert!(got == out);
         let back = [&[2, 0, 0, 0, 0, 5, 2, 0, 0, 0, 0, 9, 0x88, 0xb5][..], &pattern(900)].concat();
-        peer.send(&back).unwrap();
+        assert_eq!(peer.write(&back).unwrap(), back.len());
         let (hdr, frame) = recv_until(&mut port, |_, f| f[12..14] == [0x88, 0xb5]);
         assert_eq!(hdr, VnetHdr::default());
         assert!(frame == back);
@@ -130,6 +135,7 @@ in_namespace! {
         let lan = Lan::new();
         let plain = Iface::without_packet_info("plain0", Mode::Tap).unwrap();
         ip("link set plain0 master br0 up");
+        until_forwarding("plain0");
         let mut port = TapPort::from_fd(sys::take_fd(plain)).unwrap();
         port.set_offloads(LINUX).unwrap();
         super_segment_arrives(&lan, &mut port);
@@ -184,6 +190,7 @@ in_namespace! {
         let mut port = on_bridge();
         let peer = Iface::without_packet_info("peer0", Mode::Tap).unwrap();
         ip("link set peer0 mtu 9000 master br0 up");
+        until_forwarding("peer0");
         ip(&format!("link set {} mtu 9000", port.name()));
         let frame = [&[2, 0, 0, 0, 0, 5, 2, 0, 0, 0, 0, 9, 0x88, 0xb5][..], &pattern(5000)].concat();
         peer.send(&frame).unwrap();
@@ -210,6 +217,7 @@ in_namespace! {
         let mut port = on_bridge();
         let peer = Iface::without_packet_info("peer0", Mode::Tap).unwrap();
         ip("link set peer0 master br0 up");
+        until_forwarding("peer0");
         let mut ring = Ring::new(16, 256);
         ring.mergeable = false;
         let mut expected = Vec::new();
@@ -234,6 +242,7 @@ in_namespace! {
         let mut port = on_bridge();
         let peer = Iface::without_packet_info("peer0", Mode::Tap).unwrap();
         ip("link set peer0 master br0 up");
+        until_forwarding("peer0");
         let frame = [&[2, 0, 0, 0, 0, 5, 2, 0, 0, 0, 0, 9, 0x88, 0xb5][..], &pattern(100)].concat();
         peer.send(&frame).unwrap();
         assert!(sys::wait_readable(&port));
@@ -378,6 +387,6 @@ in_namespace! {
         let parts: Vec<_> = frame.chunks_mut(3).map(vm_memory::VolatileSlice::from).collect();
         let sent = port.send(&net::TxFrame { hdr: VnetHdr::default(), parts: &parts });
         assert_eq!(sent, Sent::Taken);
-        assert!(receive.recv().unwrap() == pattern(1000));
+        assert!(wait(&receive) == pattern(1000));
     }
 }

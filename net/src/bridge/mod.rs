@@ -21,9 +21,6 @@ use std::io;
 
 use sys::{Control, IfName};
 
-/// Default forward delay and maximum age fit one minute: a bridge that says more is taken at its word.
-const MS: u32 = 1000;
-
 /// Why a bridge can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum BridgeError {
@@ -164,7 +161,7 @@ pub fn preflight(name: &str) -> Result<Bridge, BridgeError> {
     }
     // Listening and learning take one forward delay each; with STP off a port forwards at once.
     if info.stp && info.forward_delay_ms > 0 {
-        let seconds = (2 * info.forward_delay_ms).div_ceil(MS);
+        let seconds = info.forward_delay_ms.saturating_mul(2).div_ceil(1000);
         warnings.push(Warning::StpDelay { bridge: bridge(), seconds });
     }
     match netfilter::forward_verdict() {

@@ -59,7 +59,7 @@ pub(crate) fn name_from_raw(raw: &[c_char; libc::IFNAMSIZ]) -> String {
 pub(crate) struct BridgeInfo {
     /// Spanning tree protocol runs.
     pub(crate) stp: bool,
-    /// Forward delay, milliseconds.
+    /// Forward delay as configured, milliseconds.
     pub(crate) forward_delay_ms: u32,
 }
 
@@ -185,8 +185,10 @@ impl Control {
     pub(crate) fn bridge_info(&self, bridge: IfName) -> io::Result<BridgeInfo> {
         let mut info = RawBridgeInfo::default();
         self.bridge_private(bridge, BRCTL_GET_BRIDGE_INFO, (&raw mut info).cast(), 0)?;
-        // The kernel counts these in USER_HZ, which is 100 on every architecture that we run on.
-        Ok(BridgeInfo { stp: info.stp_enabled != 0, forward_delay_ms: info.forward_delay.saturating_mul(10) })
+        // The bridge's own setting is in USER_HZ, which is 100 on every architecture that we run on; the value in effect,
+        // `forward_delay`, is in jiffies of unknown length.
+        let forward_delay_ms = info.bridge_forward_delay.saturating_mul(10);
+        Ok(BridgeInfo { stp: info.stp_enabled != 0, forward_delay_ms })
     }
 
     /// The indices of the bridge's ports.

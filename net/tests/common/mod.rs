@@ -9,10 +9,11 @@ pub(crate) mod guest;
 pub(crate) mod sys;
 
 use std::process::Command;
-use std::sync::mpsc;
+use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
-/// Set in the re-executed process.
+/// Set in the re-executed process: to 1, or to anything else by a test that executes itself once more.
 const INNER: &str = "PONTOON_TEST_IN_NAMESPACE";
 
 /// Declares tests that run in a network namespace of their own.
@@ -25,8 +26,10 @@ macro_rules! in_namespace {
 
 /// Runs `body` in a process with its own network namespace, in which the loopback is up.
 pub(crate) fn isolated(name: &str, body: impl FnOnce()) {
-    if std::env::var_os(INNER).is_some() {
-        ip("link set lo up");
+    if let Some(how) = std::env::var_os(INNER) {
+        if how == "1" {
+            ip("link set lo up");
+        }
         return body();
     }
     let works =
@@ -65,6 +68,17 @@ pub(crate) fn exists(name: &str) -> bool {
     Command::new("ip").args(["link", "show", "dev", name]).output().unwrap().status.success()
 }
 
+/// Waits for what a job on the LAN returns; a frame that was lost must not hold the test for ever.
+#[track_caller]
+pub(crate) fn wait<T>(result: &Receiver<T>) -> T {
+    result.recv_timeout(Duration::from_secs(20)).expect("the job on the LAN ends within 20 seconds")
+}
+
+/// Waits until a bridge port forwards, which the kernel decides in the background once it has a carrier.
+pub(crate) fn until_forwarding(port: &str) {
+    while !ip(&format!("-o -d link show dev {port}")).contains("state forwarding") {}
+}
+
 /// A bridge `br0` that is up and has one port, `lan0`, whose other end, `eth0`, is in a namespace of its own with the
 /// address 10.9.0.2/24: the LAN.
 pub(crate) struct Lan {
@@ -100,19 +114,17 @@ impl Lan {
             // The guest of these tests answers no ARP of its own accord.
             ip("neigh add 10.9.0.5 lladdr 02:00:00:00:00:05 dev eth0 nud permanent");
         });
+        until_forwarding("lan0");
         lan
     }
 
     /// Runs `job` on the LAN and waits for it.
     pub(crate) fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
-        self.start(job).recv().expect("the job on the LAN panicked")
+        wait(&self.start(job))
     }
 
     /// Starts `job` on the LAN.
-    pub(crate) fn start<T: Send + 'static>(
-        &self,
-        job: impl FnOnce() -> T + Send + 'static,
-    ) -> mpsc::Receiver<T> {
+    pub(crate) fn start<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> Receiver<T> {
         let (done, result) = mpsc::channel();
         let job = Box::new(move || {
             // Whoever started it may have lost interest.
@@ -127,7 +139,8 @@ impl Drop for Lan {
     fn drop(&mut self) {
         let (dead, _) = mpsc::channel();
         drop(std::mem::replace(&mut self.jobs, dead));
-        if let Some(thread) = self.thread.take() {
+        // A job may wait for what a failed test will not send; the process ends in any case.
+        if let Some(thread) = self.thread.take().filter(|_| !thread::panicking()) {
             let _ = thread.join();
         }
     }
