@@ -28,6 +28,7 @@ mod arp;
 mod config;
 mod cx;
 mod dhcp;
+mod dns;
 mod fragment;
 mod host;
 mod icmp;
@@ -269,7 +270,7 @@ impl Nat {
                 cx.drop(DropReason::UnknownProtocol, || format!("IP protocol {other} from {}", packet.src))
             }
         }
-        self.serve_streams();
+        self.serve_streams(now);
     }
 
     /// Asks for guests that something is to be sent to. Says whether it has.
@@ -285,9 +286,9 @@ impl Nat {
     }
 
     /// Hands streams that a guest opened to the gateway to their services.
-    fn serve_streams(&mut self) {
+    fn serve_streams(&mut self, now: Instant) {
         while let Some(stream) = self.shared.streams.pop() {
-            self.shared.host.close(stream.sock, Close::Graceful);
+            self.services.stream(&mut self.shared.cx(now), stream);
         }
     }
 
@@ -303,7 +304,7 @@ impl Nat {
                     Owner::Tcp | Owner::TcpListener => self.tcp.ready(&mut cx, token, events),
                     Owner::Udp | Owner::UdpListener => self.udp.ready(&mut cx, token, events),
                     Owner::Icmp => self.icmp.ready(&mut cx, token, events),
-                    Owner::Dns => {}
+                    Owner::Dns => self.services.ready(&mut cx, token, events),
                 }
             }
             self.events = events;
@@ -403,7 +404,7 @@ impl FramePort for Nat {
         let now = self.now();
         self.poll(now);
         self.expire(now);
-        self.serve_streams();
+        self.serve_streams(now);
         let mut outcome = self.emit(now, ring);
         if self.ask(now) && outcome == Received::Drained {
             outcome = self.shared.outbox.emit(&mut self.shared.counters, ring);

@@ -4,13 +4,16 @@
 //! Leaves: answers in the outbox. A lease that DHCP gives is at once a binding of the address to its machine in
 //! [`Neighbours`](super::neighbours::Neighbours), which keeps others from using it, and a name in DNS.
 
-use std::net::SocketAddrV4;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::Instant;
 
 use super::config::NatConfig;
-use super::cx::Cx;
+use super::cx::{Cx, ServiceStream};
 use super::dhcp::{self, CLIENT_PORT, Outcome, SERVER_PORT, Server};
+use super::dns::{self, Dns, Names};
 use super::ipv4::{Ipv4In, protocol};
+use super::host::Close;
+use super::poller::{Events, Token};
 use super::udp::wire::{self, UDP_LEN, UdpIn};
 use crate::{DropReason, MacAddr};
 
@@ -18,11 +21,34 @@ use crate::{DropReason, MacAddr};
 #[derive(Debug)]
 pub(crate) struct Services {
     dhcp: Server,
+    dns: Dns,
+}
+
+/// The guests' names, as DHCP knows them.
+struct Guests<'a> {
+    dhcp: &'a Server,
+    config: &'a NatConfig,
+    now: Instant,
+}
+
+impl Names for Guests<'_> {
+    fn address(&self, label: &str) -> Option<Ipv4Addr> {
+        let named = |name: Option<&str>| name.is_some_and(|name| name.eq_ignore_ascii_case(label));
+        let leased = self.dhcp.leases(self.now).find(|l| named(l.name.as_deref())).map(|l| l.address);
+        let reserved = || self.config.reservations.iter().find(|r| named(r.name.as_deref())).map(|r| r.addr);
+        leased.or_else(reserved)
+    }
+
+    fn label(&self, address: Ipv4Addr) -> Option<String> {
+        let leased = self.dhcp.leases(self.now).find(|l| l.address == address).and_then(|l| l.name);
+        let reserved = || self.config.reservations.iter().find(|r| r.addr == address)?.name.clone();
+        leased.or_else(reserved)
+    }
 }
 
 impl Services {
     pub(crate) fn new(config: &NatConfig) -> Self {
-        Self { dhcp: Server::new(dhcp::Config::new(config)) }
+        Self { dhcp: Server::new(dhcp::Config::new(config)), dns: Dns::new(config.dns.clone()) }
     }
 
     /// Takes a packet if it is for a service; says whether it was.
@@ -31,12 +57,10 @@ impl Services {
             return false;
         }
         let to_gateway = packet.dst == cx.config.gateway();
+        let to_all = packet.dst.is_broadcast() || packet.dst == cx.config.subnet.broadcast();
         let outcome = match UdpIn::port(packet) {
-            Some(SERVER_PORT)
-                if to_gateway || packet.dst.is_broadcast() || packet.dst == cx.config.subnet.broadcast() =>
-            {
-                self.dhcp(cx, packet)
-            }
+            Some(SERVER_PORT) if to_gateway || to_all => self.dhcp(cx, packet),
+            Some(dns::PORT) if to_gateway => self.dns(cx, packet),
             _ => return false,
         };
         if let Err(reason) = outcome {
@@ -45,12 +69,28 @@ impl Services {
         true
     }
 
-    /// When [`Self::expire`] has something to do.
-    pub(crate) fn deadline(&self) -> Option<Instant> {
-        None
+    /// Takes a guest's connection to a port of the gateway.
+    pub(crate) fn stream(&mut self, cx: &mut Cx<'_>, stream: ServiceStream) {
+        match stream.port {
+            dns::PORT => self.dns.stream(cx, stream),
+            _ => cx.host.close(stream.sock, Close::Reset),
+        }
     }
 
-    pub(crate) fn expire(&mut self, _cx: &mut Cx<'_>) {}
+    /// A socket of a service is ready.
+    pub(crate) fn ready(&mut self, cx: &mut Cx<'_>, token: Token, events: Events) {
+        let names = Guests { dhcp: &self.dhcp, config: cx.config, now: cx.now };
+        self.dns.ready(cx, token, events, &names);
+    }
+
+    /// When [`Self::expire`] has something to do.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.dns.deadline()
+    }
+
+    pub(crate) fn expire(&mut self, cx: &mut Cx<'_>) {
+        self.dns.expire(cx);
+    }
 
     /// A machine was unplugged from the network.
     pub(crate) fn unplug(&mut self, mac: MacAddr, now: Instant) {
@@ -62,13 +102,23 @@ impl Services {
         self.dhcp.leases(now)
     }
 
+    fn dns(&mut self, cx: &mut Cx<'_>, packet: &Ipv4In<'_>) -> Result<(), DropReason> {
+        let datagram = UdpIn::parse(packet)?;
+        if packet.src.is_unspecified() {
+            return Err(DropReason::BadSource);
+        }
+        let payload = copy_payload(packet, datagram.len.min(dns::MAX_QUESTION + 1));
+        let names = Guests { dhcp: &self.dhcp, config: cx.config, now: cx.now };
+        self.dns.datagram(cx, datagram.from, packet.mac, &payload, &names)
+    }
+
     fn dhcp(&mut self, cx: &mut Cx<'_>, packet: &Ipv4In<'_>) -> Result<(), DropReason> {
         let datagram = UdpIn::parse(packet)?;
         if datagram.len > usize::from(cx.config.mtu) {
             return Err(DropReason::TooBig);
         }
-        let mut payload = vec![0; datagram.len];
-        copy_payload(packet, &mut payload);
+        let payload = copy_payload(packet, datagram.len);
+        self.dhcp.set_search(self.dns.search(cx.now).to_vec());
         match self.dhcp.input(&payload, packet.mac, cx.now)? {
             Outcome::Reply(reply) => {
                 if let Some((addr, until)) = reply.bound {
@@ -85,13 +135,15 @@ impl Services {
     }
 }
 
-/// Copies a datagram's payload out of the guest's memory.
-fn copy_payload(packet: &Ipv4In<'_>, payload: &mut [u8]) {
+/// Copies a datagram's payload of `len` bytes out of the guest's memory.
+fn copy_payload(packet: &Ipv4In<'_>, len: usize) -> Vec<u8> {
+    let mut payload = vec![0; len];
     let mut at = 0;
-    for part in packet.payload.parts(UDP_LEN, payload.len()) {
+    for part in packet.payload.parts(UDP_LEN, len) {
         let end = at + part.len();
         // The piece is as long as its place in the buffer.
         part.copy_to(&mut payload[at..end]);
         at = end;
     }
+    payload
 }

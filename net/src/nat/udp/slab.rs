@@ -47,6 +47,19 @@ impl<T> Slab<T> {
         Some(value)
     }
 
+    /// The token of a flow that is there.
+    pub(crate) fn token(&self, slot: u32, owner: Owner) -> Token {
+        let generation = self.slots.get(slot as usize).map_or(0, |(generation, _)| *generation);
+        Token { owner, slot, generation }
+    }
+
+    /// The flow stays, but got another socket: events of the old one are stale.
+    pub(crate) fn renew(&mut self, slot: u32) {
+        if let Some((generation, _)) = self.slots.get_mut(slot as usize) {
+            *generation = (*generation + 1) & GENERATION;
+        }
+    }
+
     pub(crate) fn get(&self, slot: u32) -> Option<&T> {
         self.slots.get(slot as usize)?.1.as_ref()
     }
