@@ -28,6 +28,8 @@ pub struct Facts {
     pub received_long: u64,
     /// Frames whose TCP or UDP checksum was wrong; they were dropped.
     pub bad_checksums: u64,
+    /// Frames with NEEDS_CSUM whose partial checksum or its place was wrong; they were accepted.
+    pub bad_partial: u64,
     /// Used buffers that were too short for a header, or missing from a merged frame.
     pub short_frames: u64,
     /// Used ids that named no outstanding buffer.

@@ -1,7 +1,9 @@
 //! The order language.
 //!
-//!     orders  = order *( ";" order )
-//!     order   = verb [ "=" target ] *( "," key "=" value )
+//! ```text
+//! orders  = order *( ";" order )
+//! order   = verb [ "=" target ] *( "," key "=" value )
+//! ```
 //!
 //! Any byte of a target or value may be written %XX. What a verb takes is a row of [`VERBS`]; anything else
 //! is refused before the first order runs, with the order and the word at fault. Every verb also takes

@@ -105,10 +105,12 @@ fn stats<N: Nic>(stack: &mut Stack<N>, report: &mut Report) -> Outcome {
     report.number("received", facts.received);
     report.number("received_long", facts.received_long);
     report.number("bad_checksums", facts.bad_checksums);
+    report.number("bad_partial", facts.bad_partial);
     report.number("short_frames", facts.short_frames);
     report.number("refused_ids", facts.refused_ids);
     report.flag("needs_reset", facts.needs_reset);
-    let clean = facts.bad_checksums + facts.short_frames + facts.refused_ids == 0 && !facts.needs_reset;
+    let clean = facts.bad_checksums + facts.bad_partial + facts.short_frames + facts.refused_ids == 0
+        && !facts.needs_reset;
     if clean { Ok(()) } else { Err(Reason::Device) }
 }
 

@@ -183,11 +183,14 @@ impl<C: Cpu> VirtioNet<C> {
     /// Finds the next frame whose checksum is right.
     fn next_frame(&mut self) -> Option<Place> {
         loop {
-            let (place, flags) = self.rx.take(self.facts.features, &mut self.facts)?;
+            let (place, header) = self.rx.take(self.facts.features, &mut self.facts)?;
+            let flags = header[0];
             if self.rx.reposted >= self.rx.queue.size() / 4 {
                 self.announce_receive();
             }
             let frame = self.rx.frame(&place);
+            let partial = flags & offload::NEEDS_CSUM != 0;
+            self.facts.bad_partial += u64::from(partial && !offload::partial_is_right(&header, frame));
             if offload::verify(flags, frame) {
                 self.observer.frame(self.cpu.now(), frame);
                 return Some(place);
@@ -236,8 +239,8 @@ impl Receive {
         self.reposted += 1;
     }
 
-    /// Takes the next frame off the ring, joining its buffers; also returns its header's flags.
-    fn take(&mut self, features: u64, facts: &mut Facts) -> Option<(Place, u8)> {
+    /// Takes the next frame off the ring, joining its buffers; also returns its header.
+    fn take(&mut self, features: u64, facts: &mut Facts) -> Option<(Place, [u8; HEADER])> {
         if let Some(id) = self.lent.take() {
             self.post(id);
         }
@@ -248,18 +251,18 @@ impl Receive {
             self.post(id);
             return self.take(features, facts);
         }
-        let header = self.buffers.bytes(usize::from(id) * self.each, HEADER);
-        let (flags, gso) = (header[0], header[1]);
+        let mut header = [0; HEADER];
+        header.copy_from_slice(self.buffers.bytes(usize::from(id) * self.each, HEADER));
         let merge = features & feature::MRG_RXBUF != 0;
         let count = if merge { u16::from_le_bytes([header[10], header[11]]) } else { 1 };
         facts.received += 1;
-        facts.received_long += u64::from(gso != offload::GSO_NONE);
+        facts.received_long += u64::from(header[1] != offload::GSO_NONE);
         if count <= 1 {
             self.lent = Some(id);
-            return Some((Place::Buffer(id, len), flags));
+            return Some((Place::Buffer(id, len), header));
         }
         self.join(id, len, count, facts);
-        Some((Place::Joined, flags))
+        Some((Place::Joined, header))
     }
 
     fn join(&mut self, first: u16, len: usize, count: u16, facts: &mut Facts) {

@@ -65,6 +65,7 @@ proptest! {
         let mut frame = whole.clone();
         let header = fill(&mut frame, None);
         prop_assert_eq!(header[0], NEEDS_CSUM);
+        prop_assert!(partial_is_right(&header, &frame));
         complete(&mut frame, &header);
         prop_assert_eq!(frame, whole);
     }
@@ -96,6 +97,18 @@ fn a_long_segment_names_its_headers_and_its_size() {
     assert_eq!((header[0], header[1]), (NEEDS_CSUM, GSO_TCPV4));
     assert_eq!(u16::from_le_bytes([header[2], header[3]]), 54);
     assert_eq!(u16::from_le_bytes([header[4], header[5]]), 1460);
+}
+
+#[test]
+fn a_partial_checksum_elsewhere_or_of_something_else_is_found() {
+    let mut frame = tcp(b"data");
+    let mut header = fill(&mut frame, None);
+    header[6] += 2;
+    assert!(!partial_is_right(&header, &frame));
+    header[6] -= 2;
+    frame[51] ^= 1;
+    assert!(!partial_is_right(&header, &frame));
+    assert!(!partial_is_right(&header, &frame[..20]));
 }
 
 #[test]
