@@ -40,6 +40,8 @@ macro_rules! say {
     ($($arg:tt)*) => { $crate::console::say(format_args!($($arg)*)) };
 }
 
+use std::os::unix::fs::PermissionsExt as _;
+
 use request::{Options, Request};
 
 fn main() {
@@ -57,6 +59,8 @@ fn main() {
 
 /// The kernel's own file systems. One that is mounted already is no failure.
 fn mount_all() {
+    // The kernel's root file system is a tmpfs that everybody may write to; no archive's entry has changed that.
+    let _ = std::fs::set_permissions("/", std::fs::Permissions::from_mode(0o755));
     let nodev = libc::MS_NOSUID | libc::MS_NODEV;
     let mounts = [
         ("proc", "/proc", "proc", nodev | libc::MS_NOEXEC, ""),

@@ -58,7 +58,7 @@ fn start_client(nic: &str, hostname: &str) -> Option<u32> {
     let _ = fs::create_dir_all(STATE);
     let (tries, pause) = DHCP_TRIES;
     let mut client = Command::new("/sbin/udhcpc");
-    client.args(["-b", "-R", "-S", "-t", tries, "-T", pause, "-A", "5", "-i", nic]);
+    client.args(["-b", "-t", tries, "-T", pause, "-A", "5", "-i", nic]);
     client.args(["-p", &format!("/run/udhcpc.{nic}.pid"), "-s", "/etc/udhcpc.script"]);
     client.args(["-x", &format!("hostname:{hostname}"), "-O", "search", "-O", "staticroutes", "-O", "mtu"]);
     client.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());

@@ -18,7 +18,7 @@ fn imported_image_is_found_and_verified() {
     let cache = tempfile::tempdir().unwrap();
     let (store, image) = store_with_import(cache.path());
     assert_eq!(store.get("mine").unwrap(), image);
-    assert_eq!(store.list(), [image.clone()]);
+    assert_eq!(store.list(), std::slice::from_ref(&image));
     assert_eq!(fs::read(&image.kernel).unwrap(), b"kernel");
     image.verify().unwrap();
     assert!(matches!(store.get("other"), Err(Error::NotBuilt { name }) if name == "other"));
