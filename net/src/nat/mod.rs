@@ -273,16 +273,13 @@ impl Nat {
         self.serve_streams(now);
     }
 
-    /// Asks for guests that something is to be sent to. Says whether it has.
-    fn ask(&mut self, now: Instant) -> bool {
-        let mut asked = false;
+    /// Asks for guests that something is to be sent to.
+    fn ask(&mut self, now: Instant) {
         for addr in self.shared.neighbours.take_wanted() {
             if let Some(frame) = self.arp.ask(addr, now) {
                 self.shared.cx(now).post(frame.to_vec());
-                asked = true;
             }
         }
-        asked
     }
 
     /// Hands streams that a guest opened to the gateway to their services.
@@ -406,7 +403,9 @@ impl FramePort for Nat {
         self.expire(now);
         self.serve_streams(now);
         let mut outcome = self.emit(now, ring);
-        if self.ask(now) && outcome == Received::Drained {
+        self.ask(now);
+        if outcome == Received::Drained {
+            // Passing data on may have ended a flow with a RST, or asked for a guest's address.
             outcome = self.shared.outbox.emit(&mut self.shared.counters, ring);
         }
         self.arm(now, outcome == Received::Again);

@@ -153,8 +153,9 @@ impl Flow {
             return Put::Sent;
         }
         let room = self.room();
-        // Silly windows are waited out (RFC 9293 §3.8.6.2.1) while an ACK is to come.
-        if room == 0 || room < u32::from(self.mss) && self.in_flight() > 0 {
+        // Silly windows are waited out (RFC 9293 §3.8.6.2.1) while an ACK is to come, unless the end is near.
+        let silly = room < u32::from(self.mss) && self.in_flight() > 0;
+        if room == 0 || silly && !self.marks.contains(Marks::READ_CLOSED) {
             return Put::Nothing;
         }
         self.put_data(cx, ring, mac, room as usize)
