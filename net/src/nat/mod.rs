@@ -174,6 +174,11 @@ impl Nat {
         self.tcp.published(&mut self.shared.cx(now))
     }
 
+    /// How many sockets of the host are open for the guests, listeners and the gateway's services included.
+    pub fn open_sockets(&self) -> usize {
+        self.shared.host.open_sockets()
+    }
+
     /// The TCP connections there are.
     pub fn tcp_flows(&self) -> Vec<TcpFlow> {
         self.tcp.flows()
