@@ -9,7 +9,8 @@
 //! 0x0000_9000  page tables, 6 pages       | guest may reuse once it has its own
 //! 0x0002_0000  command line, 64 KiB      /
 //! 0x0009_fc00  end of conventional RAM (e820), as a PC has it
-//! 0x000e_0000  ACPI: RSDP first, then the tables, 128 KiB, reserved in e820
+//! 0x000e_0000  ACPI: RSDP first, then the tables; reserved in e820
+//! 0x000f_fff0  the reset vector: 16 bytes, reserved in e820
 //! 0x0010_0000  kernel, initrd, free RAM up to 3 GiB
 //! 0xc000_0000  MMIO hole: virtio-mmio at 0xd000_0000, IOAPIC, LAPIC
 //! 0x1_0000_0000  the rest of RAM
@@ -32,7 +33,11 @@ pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// The RSDP; the other ACPI tables follow it.
 pub const ACPI: u64 = 0xe_0000;
 /// First byte behind the ACPI area.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = RESET_VECTOR;
+/// F000:FFF0, where a processor starts that was reset; also reserved.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
+/// First byte behind what is reserved for tables and the reset vector.
+pub const RESERVED_END: u64 = 0x10_0000;
 /// First byte that a kernel may occupy.
 pub const HIGH_RAM: u64 = 0x10_0000;
 /// First byte of the 32-bit MMIO hole: RAM beyond it continues at [`RAM_ABOVE_4G`].

@@ -1,9 +1,9 @@
 //! The e820 map: which guest physical addresses are RAM (ACPI 6.5 §15).
 //!
 //! Usable: conventional memory, 1 MiB to the hole or the end of RAM, and what is above 4 GiB. Reserved: the ACPI
-//! tables. Everything unlisted is not RAM.
+//! tables and the reset vector. Everything unlisted is not RAM.
 
-use crate::layout::{ACPI, ACPI_END, HIGH_RAM, LOW_RAM_END};
+use crate::layout::{ACPI, HIGH_RAM, LOW_RAM_END, RESERVED_END};
 use crate::memory::ranges;
 
 /// What a range of addresses is, with the numbers of the e820 map.
@@ -31,7 +31,7 @@ pub struct E820Entry {
 pub fn e820_map(memory: u64) -> Vec<E820Entry> {
     let ram = |addr, size| E820Entry { addr, size, kind: E820Kind::Ram };
     let mut map =
-        vec![ram(0, LOW_RAM_END), E820Entry { addr: ACPI, size: ACPI_END - ACPI, kind: E820Kind::Reserved }];
+        vec![ram(0, LOW_RAM_END), E820Entry { addr: ACPI, size: RESERVED_END - ACPI, kind: E820Kind::Reserved }];
     for (base, size) in ranges(memory) {
         let start = base.0.max(HIGH_RAM);
         map.push(ram(start, base.0 + size - start));

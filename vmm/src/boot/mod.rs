@@ -18,6 +18,7 @@ mod entry;
 mod initrd;
 mod kernel;
 mod paging;
+mod reset_vector;
 mod zero_page;
 
 use vm_memory::GuestAddress;
@@ -93,6 +94,7 @@ pub fn load(memory: &GuestMemory, source: &BootSource<'_>) -> Result<(Entry, Ker
     zero_page::write(memory, &kernel, initrd, cmdline)?;
     paging::write(memory)?;
     entry::write_gdt(memory)?;
+    reset_vector::write(memory)?;
     Ok((Entry { rip: kernel.entry.0 }, kernel.format))
 }
 
