@@ -58,6 +58,15 @@ fn resets_neighbours_and_dhcp_payloads_are_kept() {
 }
 
 #[test]
+fn later_fragments_are_not_taken_for_headers() {
+    let mut ip = packet(WORLD, SELF, 1, &[0, 0, 0, 0, 0, 1, 0, 1]);
+    ip[6..8].copy_from_slice(&[0x20, 0]);
+    assert_eq!(seen(&frame(&ip)).replies.len(), 1);
+    ip[6..8].copy_from_slice(&[0, 185]);
+    assert_eq!(seen(&frame(&ip)).replies.len(), 0);
+}
+
+#[test]
 fn only_the_last_events_are_kept() {
     let mut observer = Observer::default();
     for seq in 0..200 {

@@ -78,6 +78,8 @@ struct Wire {
     peer: Interface,
     sockets: SocketSet<'static>,
     script: Script,
+    /// What the TCP echo server does to each byte: 0 leaves it as it is.
+    echo_xor: u8,
 }
 
 impl Wire {
@@ -95,7 +97,16 @@ impl Wire {
         let mut datagrams = udp_socket::Socket::new(buffer(), buffer());
         datagrams.bind(7).unwrap();
         sockets.add(datagrams);
-        Self { clock: 0, ours: End::default(), observer: Observer::default(), theirs, peer, sockets, script }
+        Self {
+            clock: 0,
+            ours: End::default(),
+            observer: Observer::default(),
+            theirs,
+            peer,
+            sockets,
+            script,
+            echo_xor: 0,
+        }
     }
 
     /// The peer's programs: echo servers.
@@ -104,7 +115,8 @@ impl Wire {
             match socket {
                 smoltcp::socket::Socket::Tcp(socket) => {
                     let mut bytes = Vec::new();
-                    let more = tcp::drain(socket, |part| bytes.extend_from_slice(part));
+                    let xor = self.echo_xor;
+                    let more = tcp::drain(socket, |part| bytes.extend(part.iter().map(|byte| byte ^ xor)));
                     let _ = socket.send_slice(&bytes);
                     if !more && socket.state() == tcp_socket::State::CloseWait {
                         socket.close();
@@ -321,6 +333,17 @@ fn a_byte_changed_on_the_way_back_is_a_mismatch() {
         })
     });
     assert!(play("udp-echo=gw:7,expect=mismatch", script).1);
+}
+
+#[test]
+fn a_stream_that_comes_back_changed_is_a_mismatch() {
+    let mut wire = Wire::new(Box::new(|_| None));
+    wire.echo_xor = 4;
+    let mut stack = Stack::new(wire, 7);
+    for text in ["static=192.168.122.50/24", "tcp-echo=192.168.122.1:7,expect=mismatch"] {
+        let (report, ok) = run(&mut stack, &orders::parse(text).unwrap()[0]);
+        assert!(ok, "{}", report.line());
+    }
 }
 
 #[test]
