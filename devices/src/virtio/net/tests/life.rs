@@ -121,6 +121,7 @@ fn reset_under_load_leaves_guest_memory_alone() {
     let mut guest = Driver::new(nic, Rest);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _stop = SetOnDrop(&stop);
         scope.spawn(|| {
             let mut events = event_manager::EventManager::<NetWorker>::new().unwrap();
             event_manager::SubscriberOps::add_subscriber(&mut events, worker);
@@ -149,8 +150,16 @@ fn reset_under_load_leaves_guest_memory_alone() {
             assert!(seen == poison, "guest memory was written to after reset, in round {round}");
             script.take_sent();
         }
-        stop.store(true, Ordering::SeqCst);
     });
+}
+
+/// Ends the I/O thread, also when an assertion fails.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
 }
 
 /// No I/O in the driver's own thread.
