@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use common::{ip, sys};
 use guest::{Guest, Icmp, Udp};
-use net::{DropReason, FramePort};
 use net::nat::{Nat, NatConfig};
+use net::{DropReason, FramePort};
 
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 122, 1);
 const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 254);

@@ -11,7 +11,7 @@ use std::net::SocketAddrV4;
 use vm_memory::VolatileSlice;
 
 use super::poller::Token;
-use super::udp::socket::DatagramHost;
+use super::udp::DatagramHost;
 
 /// A socket of the host. It is open until [`StreamHost::close`]; the number is used again afterwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -36,6 +36,7 @@ use std::time::Instant;
 
 use self::flow::Endpoint;
 use self::slab::Slab;
+pub(crate) use self::socket::DatagramHost;
 use self::socket::{Incoming, Origin, Outgoing, SocketError};
 use self::wire::{UDP_LEN, UdpIn};
 use super::config::{NatError, Publish, PublishProtocol, PublishTo};
