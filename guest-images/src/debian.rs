@@ -4,7 +4,9 @@
 //! files below `debian/files`. What leaves: `vmlinuz` and `initrd` in a directory, and what the manifest says about them.
 //! The same inputs give the same bytes.
 //!
-//! The initrd is not compressed: unpacking is then a copy, and the whole is 6 to 7 MB.
+//! The initrd is not compressed: unpacking is then a copy. Measured with QEMU's instruction counter (6.1, 1 ns per instruction,
+//! 6.3 MB): 64 ms of the boot plain, 174 ms with gzip (2.4 MB), 166 ms with zstd (1.8 MB). LZ4 is out: the kernel's
+//! decoder fails on the padding that a second archive behind it needs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
