@@ -2,6 +2,8 @@
 //!
 //! The world is the test's own namespace, at an address that is not loopback.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
 mod common;
 #[path = "nat_tcp/kernel.rs"]
 mod kernel;

@@ -97,7 +97,8 @@ pub(crate) trait StreamHost {
     /// first `skip` bytes, at most `max` bytes; nothing is taken out of the stream. 0 means the end of the stream.
     ///
     /// # Errors
-    /// `WouldBlock` when there is nothing behind `offset`; otherwise the stream is dead.
+    /// `WouldBlock` when there is nothing behind `offset`; `ResourceBusy` when so much is in flight that the host can't
+    /// look behind it; otherwise the stream is dead.
     fn peek(
         &mut self,
         sock: SockId,

@@ -52,12 +52,13 @@ pub use config::{
     BadPublish, BadSubnet, Limits, MTU_RANGE, NatConfig, NatError, Publish, PublishProtocol, PublishTo,
     Reservation, Subnet,
 };
+pub use dhcp::Lease;
 pub use subnet::{Choice, NoFreeSubnet, Taken, choose, taken_by_host};
 
 use self::arp::Arp;
 use self::cx::{Cx, ServiceStream};
 use self::fragment::{Reassembled, Reassembler};
-use self::host::{Close, StreamHost};
+use self::host::StreamHost;
 use self::icmp::Icmp;
 use self::icmp::error::IcmpError;
 use self::ipv4::{Fragment, HEAD_MAX, Ipv4In, protocol};
@@ -170,8 +171,7 @@ impl Nat {
 
     /// Where the published TCP ports listen, once the host has chosen the ports that were given as 0.
     pub fn published(&mut self) -> Vec<(Publish, std::net::SocketAddrV4)> {
-        let now = self.now();
-        self.tcp.published(&mut self.shared.cx(now))
+        self.tcp.published(&mut self.shared.cx(Instant::now()))
     }
 
     /// How many sockets of the host are open for the guests, listeners and the gateway's services included.
@@ -182,6 +182,25 @@ impl Nat {
     /// The TCP connections there are.
     pub fn tcp_flows(&self) -> Vec<TcpFlow> {
         self.tcp.flows()
+    }
+
+    /// The DHCP leases that hold, in the order of their addresses.
+    pub fn leases(&self) -> Vec<Lease> {
+        self.services.leases(Instant::now()).collect()
+    }
+
+    /// Open UDP sockets (published ports included) and ping sockets.
+    pub fn datagram_flows(&self) -> (usize, usize) {
+        (self.udp.len(), self.icmp.len())
+    }
+
+    /// A machine left the network: its addresses are free, and kept for its return while others are left.
+    pub fn unplug(&mut self, mac: MacAddr) {
+        let now = self.now();
+        for lease in self.services.leases(now).filter(|lease| lease.mac == mac).collect::<Vec<_>>() {
+            self.shared.neighbours.release(lease.address);
+        }
+        self.services.unplug(mac, now);
     }
 
     fn now(&mut self) -> Instant {
@@ -320,8 +339,17 @@ impl Nat {
         if self.deadline().is_none_or(|deadline| deadline > now) {
             return;
         }
-        self.fragments.expire(now);
+        let incomplete = self.fragments.expire(now);
         let mut cx = self.shared.cx(now);
+        for fragment::Expired { first } in incomplete {
+            cx.drop(DropReason::Fragment, || "fragments of a packet were missing for too long".to_owned());
+            // RFC 792: only whoever has the first fragment may tell.
+            if let Some(quote) = first
+                && let Some(&[a, b, c, d]) = quote.get(12..16).and_then(|src| src.first_chunk())
+            {
+                icmp::error::post(&mut cx, Ipv4Addr::new(a, b, c, d), IcmpError::ReassemblyTimeout, &quote);
+            }
+        }
         self.tcp.expire(&mut cx);
         self.udp.expire(&mut cx);
         self.icmp.expire(&mut cx);

@@ -142,6 +142,14 @@ impl SysHost {
         self.peek_off = false;
     }
 
+    /// Whether an event comes within `millis`.
+    #[cfg(test)]
+    fn is_readable(&self, millis: c_int) -> bool {
+        let mut poll = libc::pollfd { fd: self.epoll.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one pollfd, which lives through the call.
+        unsafe { libc::poll(&raw mut poll, 1, millis) == 1 }
+    }
+
     /// How many sockets are open.
     pub(crate) fn open_sockets(&self) -> usize {
         self.open.iter().flatten().count()
@@ -160,9 +168,9 @@ impl SysHost {
     /// Collects the events that have happened. Says whether there may be more.
     pub(crate) fn poll(&mut self, into: &mut Vec<(Token, Events)>) -> bool {
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; MAX_EVENTS];
+        let room = c_int::try_from(events.len()).unwrap_or(c_int::MAX);
         // SAFETY: the array has room for the number of events that is passed.
-        let n =
-            unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), events.as_mut_ptr(), MAX_EVENTS as c_int, 0) };
+        let n = unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), events.as_mut_ptr(), room, 0) };
         let n = usize::try_from(n).unwrap_or(0);
         for event in &events[..n] {
             let bits = event.u64;
@@ -495,7 +503,7 @@ impl SysHost {
         max: usize,
     ) -> io::Result<usize> {
         if in_flight > SCRATCH * MAX_SCRATCH {
-            return Err(io::ErrorKind::WouldBlock.into());
+            return Err(io::ErrorKind::ResourceBusy.into());
         }
         let fd = self.raw(sock)?;
         let mut iov = Iov::new();
@@ -538,3 +546,6 @@ fn fill<'a>(iov: &mut Iov<'a>, parts: &[VolatileSlice<'a>], skip: usize, max: us
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

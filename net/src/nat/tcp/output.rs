@@ -191,6 +191,10 @@ impl Flow {
                 return Put::Sent;
             }
             Ok(got) => got,
+            // An acknowledgement makes room.
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && self.in_flight() > 0 => {
+                return Put::Nothing;
+            }
             Err(error) => {
                 self.marks -= Marks::READABLE;
                 if error.kind() != io::ErrorKind::WouldBlock {
