@@ -46,7 +46,6 @@ pub(crate) struct Ipv4In<'a> {
     pub(crate) protocol: u8,
     pub(crate) ttl: u8,
     pub(crate) tos: u8,
-    pub(crate) id: u16,
     /// The sender forbids fragmentation.
     pub(crate) dont_fragment: bool,
     /// The packet's first bytes: its IPv4 header, options included, and the beginning of its payload.
@@ -160,7 +159,6 @@ pub(crate) fn parse<'a>(
         protocol: fixed[9],
         ttl: fixed[8],
         tos: fixed[1],
-        id: word(4),
         dont_fragment: word(6) & 0x4000 != 0,
         head: &packet[..packet.len().min(total)],
         header_len,

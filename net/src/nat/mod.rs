@@ -45,6 +45,7 @@ mod timers;
 mod udp;
 
 use std::io;
+use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
@@ -52,13 +53,11 @@ pub use config::{
     BadPublish, BadSubnet, Limits, MTU_RANGE, NatConfig, NatError, Publish, PublishProtocol, PublishTo,
     Reservation, Subnet,
 };
-pub use dhcp::Lease;
 pub use subnet::{Choice, NoFreeSubnet, Taken, choose, taken_by_host};
 
 use self::arp::Arp;
 use self::cx::{Cx, ServiceStream};
 use self::fragment::{Reassembled, Reassembler};
-use self::host::StreamHost;
 use self::icmp::Icmp;
 use self::icmp::error::IcmpError;
 use self::ipv4::{Fragment, HEAD_MAX, Ipv4In, protocol};
@@ -179,14 +178,14 @@ impl Nat {
         self.shared.host.open_sockets()
     }
 
+    /// The guests that were heard of: their addresses, and where they are.
+    pub fn neighbours(&self) -> Vec<(Ipv4Addr, MacAddr)> {
+        self.shared.neighbours.iter().collect()
+    }
+
     /// The TCP connections there are.
     pub fn tcp_flows(&self) -> Vec<TcpFlow> {
         self.tcp.flows()
-    }
-
-    /// The DHCP leases that hold, in the order of their addresses.
-    pub fn leases(&self) -> Vec<Lease> {
-        self.services.leases(Instant::now()).collect()
     }
 
     /// Open UDP sockets (published ports included) and ping sockets.

@@ -102,6 +102,7 @@ impl Tcp {
     }
 
     /// How many connections there are.
+    #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.table.len()
     }
