@@ -74,6 +74,12 @@ pub enum LabError {
         /// The end of the console, with the emulator's own messages.
         console: String,
     },
+    /// A port of this host could not be had.
+    #[error("a published port is taken on this host, or may not be had; the emulator said:\n{console}")]
+    Publish {
+        /// The end of the console, with the emulator's own messages.
+        console: String,
+    },
     /// A machine's state passes once, when it is taken or when it is given.
     #[error("the emulator has passed its machine's state already")]
     StateTwice,

@@ -60,7 +60,11 @@ pub(super) fn run(
     let mut machine = Machine::start(&snapshot.hardware(&paths), &purpose)?;
     if let Err(error) = machine.restore(&snapshot.state) {
         // The console says more than a broken pipe does.
-        return Err(LabError::NotResumed { reason: error.to_string(), console: machine.console.tail() });
+        let console = machine.console.tail();
+        if console.contains("host forwarding rule") {
+            return Err(LabError::Publish { console });
+        }
+        return Err(LabError::NotResumed { reason: error.to_string(), console });
     }
     let fetched = if run.get.is_empty() {
         None
