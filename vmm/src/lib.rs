@@ -10,3 +10,4 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 mod vcpu;
+pub mod world;

@@ -1,0 +1,350 @@
+//! What the user may type: the clap definitions, and the small values that have a syntax of their own.
+//!
+//! Values are parsed here, once, into types that cannot be wrong; everything behind works with those.
+
+use std::fmt;
+use std::net::SocketAddrV4;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
+use net::MacAddr;
+use net::nat::{Publish, Subnet};
+
+/// Lightweight virtual machines that are on the network the moment they boot.
+#[derive(Debug, Parser)]
+#[command(name = "pontoon", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(
+    after_help = "Start with `pontoon check`, then `pontoon image build debian` and `pontoon run debian`."
+)]
+pub(crate) struct Cli {
+    /// Say what the machine and its network do; twice: every frame that is refused
+    #[arg(short, long, action = ArgAction::Count, global = true)]
+    pub(crate) verbose: u8,
+
+    /// Log filter in the style of RUST_LOG, such as `net=debug,vmm=info`
+    #[arg(long, value_name = "FILTER", global = true)]
+    pub(crate) log: Option<String>,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Boot the built-in probe guest and prove KVM, DHCP, DNS, ping, TCP and UDP on this host
+    Check(CheckArgs),
+    /// Boot a machine; its console is this terminal and its exit status is this command's
+    Run(Box<RunArgs>),
+    /// Build and list guest images
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Run a command on an emulated host with hardware virtualization (needs only QEMU)
+    Lab(LabArgs),
+    /// Print a shell's completion script
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page, in roff
+    Man,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// An image of `pontoon image ls`, or `probe` for the built-in bare-metal guest
+    #[arg(value_name = "IMAGE")]
+    pub(crate) image: Option<String>,
+
+    /// The command to run in the guest instead of a shell; its exit status becomes this command's
+    #[arg(last = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<String>,
+
+    /// A kernel of your own: a bzImage (vmlinuz) or an ELF vmlinux
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with = "image", required_unless_present = "image")]
+    pub(crate) kernel: Option<PathBuf>,
+
+    /// The initial RAM disk to boot with (replaces the image's)
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) initrd: Option<PathBuf>,
+
+    /// Words to append to the kernel command line
+    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
+    pub(crate) cmdline: Option<String>,
+
+    /// The machine's name: its host name, and what its MAC address is made from
+    #[arg(long, default_value = "vm1", value_parser = parse_name)]
+    pub(crate) name: String,
+
+    /// Virtual CPUs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
+    pub(crate) cpus: u8,
+
+    /// Memory, such as 512M or 2G
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    pub(crate) memory: MemorySize,
+
+    /// The network: nat (own subnet, DHCP, DNS, no root), tap:BRIDGE (on the LAN, needs root) or none
+    #[arg(long, value_name = "NET", default_value = "nat")]
+    pub(crate) net: NetSpec,
+
+    /// The NIC's MAC address [default: 52:54:00:… made from the name]
+    #[arg(long, value_name = "MAC")]
+    pub(crate) mac: Option<MacAddr>,
+
+    /// Publish a guest port on this host: [ADDR:]HOSTPORT:GUESTPORT[/udp], on 127.0.0.1 unless ADDR says otherwise
+    #[arg(short = 'p', long = "publish", value_name = "PORT")]
+    pub(crate) publish: Vec<Publish>,
+
+    /// Let the guest reach this host's 127.0.0.1 at the gateway's address
+    #[arg(long)]
+    pub(crate) host_access: bool,
+
+    /// The NAT's subnet [default: 192.168.122.0/24, or the next one that this host does not route]
+    #[arg(long, value_name = "CIDR")]
+    pub(crate) subnet: Option<Subnet>,
+
+    /// Forward DNS questions to this server instead of the host's resolver
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) dns: Vec<DnsServer>,
+
+    /// Write what crosses the NIC to a pcap file
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) pcap: Option<PathBuf>,
+
+    /// Write the console to a file instead of the terminal
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) console: Option<PathBuf>,
+
+    /// Where to run: on this host's KVM, or in the lab (emulated) where KVM has no hardware behind it
+    #[arg(long, value_enum, default_value_t = Accel::Auto)]
+    pub(crate) accel: Accel,
+
+    /// End the machine after so many seconds, with exit status 124
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) timeout: Option<u32>,
+
+    /// Print, after the guest's console, one line of JSON: exit reason, lease, counters
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ImageCommand {
+    /// Make an image from Debian packages, without root
+    Build {
+        /// The image: debian
+        name: String,
+        /// The Debian release: bookworm or trixie [default: this host's]
+        #[arg(long)]
+        suite: Option<String>,
+        /// Ask the archive for newer packages even if the image is whole
+        #[arg(long)]
+        refresh: bool,
+        /// Print one JSON object when done
+        #[arg(long)]
+        json: bool,
+    },
+    /// List the images that are ready to run
+    Ls {
+        /// Print a JSON array
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LabArgs {
+    /// Carry a file or folder into the lab, into /lab or to DEST
+    #[arg(long, value_name = "SRC[:DEST]")]
+    pub(crate) put: Vec<String>,
+
+    /// Carry a file or folder out when the command has ended
+    #[arg(long, value_name = "THERE:HERE")]
+    pub(crate) get: Vec<String>,
+
+    /// Run as an ordinary user (uid 1000) who may open /dev/kvm, instead of root
+    #[arg(long)]
+    pub(crate) user: bool,
+
+    /// Memory of the emulated host, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 2048)]
+    pub(crate) memory: u32,
+
+    /// CPUs of the emulated host
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(crate) cpus: u8,
+
+    /// Install a Debian package on the emulated host
+    #[arg(long, value_name = "NAME")]
+    pub(crate) package: Vec<String>,
+
+    /// Give up after so many seconds, with exit status 124
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub(crate) timeout: u32,
+
+    /// The command, and its arguments, as on this host
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<String>,
+}
+
+/// Where a machine runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Accel {
+    /// This host's KVM where hardware is behind it, else the lab for Linux guests
+    Auto,
+    /// This host's KVM, whatever it is
+    Kvm,
+    /// An emulated host
+    Lab,
+}
+
+/// What `--net` names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum NetSpec {
+    /// The in-process NAT.
+    Nat,
+    /// A TAP that is a port of this bridge.
+    Tap(String),
+    /// No NIC at all.
+    None,
+}
+
+impl fmt::Display for NetSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nat => f.write_str("nat"),
+            Self::Tap(bridge) => write!(f, "tap:{bridge}"),
+            Self::None => f.write_str("none"),
+        }
+    }
+}
+
+impl FromStr for NetSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "nat" => Ok(Self::Nat),
+            None if text == "none" => Ok(Self::None),
+            None if text == "tap" => Err("which bridge? write tap:br0".to_owned()),
+            Some(("tap", bridge)) if (1..=15).contains(&bridge.len()) && !bridge.contains(['/', ' ']) => {
+                Ok(Self::Tap(bridge.to_owned()))
+            }
+            Some(("tap", _)) => {
+                Err("a bridge's name has 1 to 15 characters without '/' or space, such as tap:br0".to_owned())
+            }
+            _ => Err("write nat, tap:BRIDGE (such as tap:br0) or none".to_owned()),
+        }
+    }
+}
+
+/// Guest memory in bytes: a whole number of MiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct MemorySize(pub(crate) u64);
+
+impl fmt::Display for MemorySize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}M", self.0 >> 20)
+    }
+}
+
+impl FromStr for MemorySize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let usage = || "write a size such as 512M or 2G (a number alone is MiB)".to_owned();
+        let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+        let shift = match &text[digits.len()..] {
+            "" | "M" | "m" | "MiB" | "MB" => 20,
+            "G" | "g" | "GiB" | "GB" => 30,
+            _ => return Err(usage()),
+        };
+        let number: u64 = digits.parse().map_err(|_| usage())?;
+        let bytes = number.checked_mul(1 << shift).filter(|b| *b > 0 && *b <= 1 << 44);
+        bytes.map(Self).ok_or_else(|| format!("{text} is not between 1M and 16384G"))
+    }
+}
+
+/// A DNS server: an address, with or without a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DnsServer(pub(crate) SocketAddrV4);
+
+impl FromStr for DnsServer {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.parse()
+            .or_else(|_| text.parse().map(|ip| SocketAddrV4::new(ip, 53)))
+            .map(Self)
+            .map_err(|_| "write an IPv4 address such as 9.9.9.9 or 127.0.0.1:5353".to_owned())
+    }
+}
+
+/// A machine's name is a host name label (RFC 1035 §2.3.1, with digits first allowed by RFC 1123 §2.1).
+fn parse_name(text: &str) -> Result<String, String> {
+    let ok = (1..=63).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+        && !text.starts_with('-')
+        && !text.ends_with('-');
+    if ok {
+        Ok(text.to_owned())
+    } else {
+        Err("a name is a host name: letters, digits and inner hyphens, 63 at most".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definitions_hold_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn networks_are_named_as_the_help_says() {
+        assert_eq!("nat".parse(), Ok(NetSpec::Nat));
+        assert_eq!("none".parse(), Ok(NetSpec::None));
+        assert_eq!("tap:br0".parse(), Ok(NetSpec::Tap("br0".into())));
+        for bad in ["", "tap", "tap:", "bridge", "nat:", "tap:a-name-that-is-too-long", "tap:a/b"] {
+            assert!(bad.parse::<NetSpec>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn memory_is_read_in_the_usual_units() {
+        assert_eq!("512M".parse(), Ok(MemorySize(512 << 20)));
+        assert_eq!("512".parse(), Ok(MemorySize(512 << 20)));
+        assert_eq!("2G".parse(), Ok(MemorySize(2 << 30)));
+        for bad in ["", "M", "0", "-1M", "1T", "1.5G", "99999999999999999999G", "18446744073709551615M", "é"]
+        {
+            assert!(bad.parse::<MemorySize>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_command_after_two_dashes_is_taken_whole() {
+        let cli =
+            Cli::try_parse_from(["pontoon", "run", "debian", "--net", "nat", "--", "ping", "-c", "3", "x"])
+                .expect("it is the README's own line");
+        let Command::Run(run) = cli.command else { panic!("run was typed") };
+        assert_eq!(run.command, ["ping", "-c", "3", "x"]);
+        assert_eq!(run.image.as_deref(), Some("debian"));
+    }
+
+    #[test]
+    fn run_needs_something_to_boot() {
+        assert!(Cli::try_parse_from(["pontoon", "run"]).is_err());
+        assert!(Cli::try_parse_from(["pontoon", "run", "debian", "--kernel", "x"]).is_err());
+    }
+}

@@ -1,0 +1,124 @@
+//! The command line: what the user types becomes calls of the library, and what comes back becomes lines and
+//! an exit status.
+//!
+//! Nothing here can be done only here: whoever embeds the library has the same calls.
+
+mod args;
+mod check;
+mod image;
+mod inlab;
+mod lab;
+mod network;
+mod output;
+mod run;
+mod signals;
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{CommandFactory, Parser};
+use tracing_subscriber::EnvFilter;
+
+use args::{Cli, Command};
+
+/// The user asked for something that cannot be.
+const STATUS_USAGE: u8 = 2;
+/// The machine failed, not the guest: docker's number for "the tool itself".
+const STATUS_MACHINE: u8 = 125;
+/// `--timeout` ran out: the number of coreutils' timeout(1).
+const STATUS_TIMEOUT: u8 = 124;
+
+/// How a command ends when it cannot do its work.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The request is wrong: exit status 2.
+    Usage(anyhow::Error),
+    /// The machine, the network or a build failed: exit status 125.
+    Machine(anyhow::Error),
+}
+
+impl Failure {
+    pub(crate) fn usage(error: impl Into<anyhow::Error>) -> Self {
+        Self::Usage(error.into())
+    }
+
+    pub(crate) fn machine(error: impl Into<anyhow::Error>) -> Self {
+        Self::Machine(error.into())
+    }
+}
+
+pub(crate) fn main() -> ExitCode {
+    // A reader that has gone away (`pontoon image ls | head`) ends us as it ends any other command.
+    let cli = Cli::parse();
+    start_log(&cli);
+    let outcome = match cli.command {
+        Command::Check(args) => check::check(&args),
+        Command::Run(args) => run::run(*args),
+        Command::Image(command) => image::image(command),
+        Command::Lab(args) => lab::lab(args),
+        Command::Completions { shell } => completions(shell),
+        Command::Man => man(),
+    };
+    let (status, error) = match outcome {
+        Ok(status) => return ExitCode::from(status),
+        Err(Failure::Usage(error)) => (STATUS_USAGE, error),
+        Err(Failure::Machine(error)) => (STATUS_MACHINE, error),
+    };
+    output::error(&error);
+    ExitCode::from(status)
+}
+
+/// Logs go to stderr; `-v` shows what the network does, `-vv` every refused frame, `--log` anything.
+fn start_log(cli: &Cli) {
+    let default = match cli.verbose {
+        0 => "warn",
+        1 => "info",
+        _ => "debug",
+    };
+    let filter = match &cli.log {
+        Some(text) => EnvFilter::try_new(text).unwrap_or_else(|error| {
+            output::note(&format!("--log is not a filter ({error}); write for example net=debug,vmm=info"));
+            EnvFilter::new(default)
+        }),
+        None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default)),
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .without_time()
+        .init();
+}
+
+fn completions(shell: clap_complete::Shell) -> Result<u8, Failure> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "pontoon", &mut script);
+    print_all(&script)
+}
+
+fn man() -> Result<u8, Failure> {
+    let mut page = Vec::new();
+    let root = Cli::command();
+    clap_mangen::Man::new(root.clone())
+        .render(&mut page)
+        .context("writing the manual")
+        .map_err(Failure::machine)?;
+    for sub in root.get_subcommands() {
+        let name = format!("pontoon-{}", sub.get_name());
+        clap_mangen::Man::new(sub.clone().display_name(name.clone()).bin_name(name))
+            .render(&mut page)
+            .context("writing the manual")
+            .map_err(Failure::machine)?;
+    }
+    print_all(&page)
+}
+
+fn print_all(bytes: &[u8]) -> Result<u8, Failure> {
+    match std::io::stdout().lock().write_all(bytes) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Failure::machine(anyhow::Error::new(error).context("writing to standard output")))
+        }
+        _ => Ok(0),
+    }
+}

@@ -1,0 +1,250 @@
+//! `pontoon run`: from flags to a machine, from its end to an exit status.
+//!
+//! Order: decide where it runs; plug the network; build, which checks everything that the user gave; only then
+//! touch the terminal; start; wait for the end, a signal or the deadline. Whatever way it ends, dropping the
+//! machine stops its threads and closes its TAP and sockets, and the terminal is restored.
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::io::{self, IsTerminal};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use guest_images::initrd::{self, Console, Request};
+use guest_images::{Store, store};
+use serde_json::json;
+use vmm::boot::Kernel;
+use vmm::console::RawMode;
+use vmm::kvm::{Host, KvmKind};
+use vmm::machine::{BuildError, DEFAULT_CMDLINE, ExitReason, Machine, MachineBuilder, Running};
+
+use super::args::{Accel, RunArgs};
+use super::network;
+use super::signals::{Signals, Wake};
+use super::{Failure, STATUS_MACHINE, STATUS_TIMEOUT, inlab, output};
+
+/// The image name that means the built-in guest.
+pub(crate) const PROBE: &str = "probe";
+
+/// What there is to boot.
+pub(crate) enum Boot {
+    /// The built-in bare-metal guest.
+    Probe,
+    /// Linux: a kernel and, mostly, an initrd.
+    Linux {
+        /// The kernel.
+        kernel: PathBuf,
+        /// The initial RAM disk.
+        initrd: Option<PathBuf>,
+    },
+}
+
+pub(crate) fn run(args: RunArgs) -> Result<u8, Failure> {
+    let boot = find_boot(&args)?;
+    let host = Host::probe();
+    match (args.accel, &boot) {
+        (Accel::Lab, _) => inlab::run(&args, &boot),
+        (Accel::Auto, Boot::Linux { .. }) if !host.kind.runs_linux() => {
+            output::note(&format!(
+                "{}: running in the lab, an emulated host (see docs/lab.md)",
+                why_lab(&host.kind)
+            ));
+            inlab::run(&args, &boot)
+        }
+        (Accel::Auto, Boot::Probe) if !host.kind.is_usable() => {
+            output::note(&format!(
+                "{}: running in the lab, an emulated host (see docs/lab.md)",
+                why_lab(&host.kind)
+            ));
+            inlab::run(&args, &boot)
+        }
+        _ => run_here(&args, &boot),
+    }
+}
+
+fn why_lab(kind: &KvmKind) -> String {
+    match kind {
+        KvmKind::Hardware(_) => "asked for".to_owned(),
+        KvmKind::Software(_) => "/dev/kvm has no hardware behind it".to_owned(),
+        KvmKind::Absent(_) => "there is no /dev/kvm".to_owned(),
+        KvmKind::Forbidden(advice) => format!("/dev/kvm may not be opened ({advice})"),
+    }
+}
+
+fn find_boot(args: &RunArgs) -> Result<Boot, Failure> {
+    match (&args.kernel, args.image.as_deref()) {
+        (Some(kernel), _) => Ok(Boot::Linux { kernel: kernel.clone(), initrd: args.initrd.clone() }),
+        (None, Some(PROBE)) => {
+            if args.command.is_empty() {
+                Ok(Boot::Probe)
+            } else {
+                Err(Failure::usage(anyhow!(
+                    "the probe runs no commands; give it orders with --cmdline 'probe.do=…' (docs/probe.md)"
+                )))
+            }
+        }
+        (None, name) => {
+            let name = name.unwrap_or_default();
+            let image = Store::open_default().and_then(|store| store.get(name)).map_err(|error| match error {
+                store::Error::NotBuilt { ref name } if !store::KNOWN.iter().any(|(known, _)| known == name) => {
+                    Failure::usage(anyhow!(
+                        "no image is called '{name}'; there are: probe (built in), debian (pontoon image build debian)"
+                    ))
+                }
+                other => Failure::usage(other),
+            })?;
+            Ok(Boot::Linux {
+                kernel: image.kernel,
+                initrd: Some(args.initrd.clone().unwrap_or(image.initrd)),
+            })
+        }
+    }
+}
+
+fn run_here(args: &RunArgs, boot: &Boot) -> Result<u8, Failure> {
+    let terminal = args.console.is_none() && io::stdin().is_terminal() && io::stdout().is_terminal();
+    let mut builder = Machine::builder().cpus(args.cpus).memory(args.memory.0);
+    builder = boot_flags(builder, args, boot, terminal)?;
+    let plugged = network::plug(args)?;
+    if let Some(nic) = plugged.nic {
+        builder = builder.nic(nic);
+    }
+    let machine = console(builder, args)?.build().map_err(build_failure)?;
+    let signals = Signals::catch().context("catching signals").map_err(Failure::machine)?;
+    // From here on the terminal is raw, so that ctrl-C is the guest's; the guard gives it back.
+    let raw = if terminal {
+        RawMode::enter(io::stdin()).context("preparing the terminal").map_err(Failure::machine)?
+    } else {
+        None
+    };
+    let running = machine.start().map_err(Failure::machine)?;
+    let deadline = args.timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds.into()));
+    let wake =
+        signals.wait(&running, deadline).context("waiting for the machine").map_err(Failure::machine)?;
+    let report = Report { mac: plugged.mac, net: args.net.to_string(), network: plugged.network };
+    let (status, reason) = finish(running, wake, !args.command.is_empty());
+    drop(raw);
+    if let Some(text) = reason {
+        output::note(&text);
+    }
+    if args.json {
+        output::json(&report.json(status));
+    }
+    Ok(status)
+}
+
+/// Ends the machine if it hasn't ended, and says what that means to a shell.
+fn finish(running: Running, wake: Wake, command: bool) -> (u8, Option<String>) {
+    match wake {
+        Wake::Ended => {
+            let reason = running.wait();
+            let status = match (&reason, command) {
+                // The command's status never came: the guest crashed or was told to reboot by something else.
+                (ExitReason::PowerOff | ExitReason::Reset, true) => STATUS_MACHINE,
+                _ => reason.status(),
+            };
+            let said = match reason {
+                ExitReason::Status(_) => None,
+                ExitReason::PowerOff | ExitReason::Reset if !command => None,
+                ExitReason::PowerOff | ExitReason::Reset => {
+                    Some(format!("{reason} without telling the command's exit status; see its console above"))
+                }
+                ExitReason::Stopped => Some("stopped".to_owned()),
+                _ => Some(reason.to_string()),
+            };
+            (status, said)
+        }
+        Wake::Deadline => {
+            drop(running);
+            (STATUS_TIMEOUT, Some("the time-out has passed; the machine was stopped".to_owned()))
+        }
+        Wake::Signal(number) => {
+            drop(running);
+            // As a shell reports a process that a signal ended.
+            (u8::try_from(128 + number).unwrap_or(u8::MAX), None)
+        }
+    }
+}
+
+fn boot_flags(
+    builder: MachineBuilder,
+    args: &RunArgs,
+    boot: &Boot,
+    terminal: bool,
+) -> Result<MachineBuilder, Failure> {
+    let extra = args.cmdline.as_deref().unwrap_or_default();
+    match boot {
+        Boot::Probe => Ok(builder
+            .kernel(Kernel::Bytes(Cow::Borrowed(guest_images::PROBE)))
+            .bare_metal(true)
+            .cmdline(extra)),
+        Boot::Linux { kernel, initrd } => {
+            let mut builder = builder
+                .kernel(Kernel::Path(kernel.clone()))
+                .cmdline(format!("{} {extra}", DEFAULT_CMDLINE).trim_end());
+            if let Some(path) = initrd {
+                builder = builder.initrd(initrd_with_request(args, path, terminal)?);
+            }
+            Ok(builder)
+        }
+    }
+}
+
+/// The initrd with what this boot is to do behind it: our init reads it, another one ignores it.
+fn initrd_with_request(args: &RunArgs, path: &PathBuf, terminal: bool) -> Result<Kernel, Failure> {
+    let bytes = std::fs::read(path)
+        .with_context(|| format!("reading the initrd {}", path.display()))
+        .map_err(Failure::usage)?;
+    let request = Request {
+        argv: args.command.clone(),
+        env: Vec::new(),
+        hostname: Some(args.name.clone()),
+        console: if terminal { Console::Terminal } else { Console::Bytes },
+    };
+    let whole = initrd::with_request(&bytes, &request).map_err(Failure::usage)?;
+    Ok(Kernel::Bytes(Cow::Owned(whole)))
+}
+
+fn console(builder: MachineBuilder, args: &RunArgs) -> Result<MachineBuilder, Failure> {
+    let builder = match &args.console {
+        Some(path) => {
+            let file = File::create(path)
+                .with_context(|| format!("creating the console file {}", path.display()))
+                .map_err(Failure::usage)?;
+            return Ok(builder.serial_output(file));
+        }
+        None => builder.serial_output(io::stdout()),
+    };
+    let stdin =
+        io::stdin().as_fd().try_clone_to_owned().context("using standard input").map_err(Failure::machine)?;
+    Ok(builder.serial_input(stdin).console_escape(io::stdin().is_terminal()))
+}
+
+/// A wrong kernel or too much memory is the user's to mend; what KVM or the host refuses is not.
+fn build_failure(error: BuildError) -> Failure {
+    match error {
+        BuildError::NoKernel
+        | BuildError::TooManyDevices { .. }
+        | BuildError::Memory(_)
+        | BuildError::Boot(_) => Failure::usage(error),
+        BuildError::Vm(_) | BuildError::Acpi(_) | BuildError::Device { .. } | BuildError::Layout(_) => {
+            Failure::machine(error)
+        }
+    }
+}
+
+/// What `--json` prints at the end.
+struct Report {
+    mac: Option<net::MacAddr>,
+    net: String,
+    network: Option<String>,
+}
+
+impl Report {
+    fn json(&self, status: u8) -> serde_json::Value {
+        let mac = self.mac.map(|mac| mac.to_string());
+        json!({ "exit_status": status, "net": self.net, "mac": mac, "subnet": self.network })
+    }
+}
