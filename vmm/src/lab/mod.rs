@@ -53,6 +53,7 @@ mod wire;
 use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
 use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -226,8 +227,22 @@ impl Lab {
     /// # Errors
     /// Any of [`LabError`]. That the command failed is not an error.
     pub fn output(&mut self, run: &Run) -> Result<Output, LabError> {
+        self.collect(run, None)
+    }
+
+    /// Runs a command whose standard input is `stdin` (a file, a pipe or a socket) to its end, and collects
+    /// what it writes.
+    ///
+    /// # Errors
+    /// Any of [`LabError`]. That the command failed is not an error.
+    pub fn output_of(&mut self, run: &Run, stdin: &OwnedFd) -> Result<Output, LabError> {
+        self.collect(run, Some(stdin))
+    }
+
+    fn collect(&mut self, run: &Run, stdin: Option<&OwnedFd>) -> Result<Output, LabError> {
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-        let streams = Streams { stdin: None, stdout: &mut stdout, stderr: &mut stderr, terminal: None };
+        let stdin = stdin.map(|fd| fd as &dyn session::Input);
+        let streams = Streams { stdin, stdout: &mut stdout, stderr: &mut stderr, terminal: None };
         let status = self.run_with(run, streams, &mut guest_images::Silent)?;
         Ok(Output { status, stdout, stderr })
     }
