@@ -10,6 +10,7 @@ pub mod nat;
 pub mod pcap;
 mod port;
 pub mod segment;
+pub mod switch;
 pub mod tap;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
