@@ -44,7 +44,12 @@ fn a_guest_on_the_bridge_is_leased_an_address_by_the_lan() {
     let reports = end(start(
         &lan,
         "vm1",
-        &["dhcp", "ping=10.88.0.1,count=3", "ping=10.88.0.2,count=1", "resolve=neighbour.test"],
+        &[
+            "dhcp",
+            "ping=10.88.0.1,count=3,timeout=4000",
+            "ping=10.88.0.2,count=1,timeout=4000",
+            "resolve=neighbour.test",
+        ],
     ));
     let lease = reports.all_ok().of("dhcp");
     let address: Ipv4Addr = lease["address"].as_str().and_then(|a| a.parse().ok()).expect("an address");
@@ -58,7 +63,10 @@ fn two_guests_reach_each_other_and_the_lan_reaches_a_guest() {
     let Some(lan) = lan() else { return };
     let server = start(&lan, "vm1", &["static=10.88.0.11/24", "listen=7,count=2"]);
     wait_until("the first guest answers pings", || {
-        lan.in_host("ping").args(["-c1", "-W1", "10.88.0.11"]).output().is_ok_and(|o| o.status.success())
+        lan.in_host("busybox")
+            .args(["ping", "-c1", "-W1", "10.88.0.11"])
+            .output()
+            .is_ok_and(|o| o.status.success())
     });
     let client = start(
         &lan,

@@ -10,6 +10,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use libc::{c_char, c_int, c_short, c_ulong, c_void, ifreq};
 
+use crate::MacAddr;
+
 /// `SIOCBRADDIF`, `SIOCDEVPRIVATE` of linux/sockios.h; libc has neither.
 const SIOCBRADDIF: c_ulong = 0x89a2;
 const SIOCDEVPRIVATE: c_ulong = 0x89f0;
@@ -143,6 +145,30 @@ impl Control {
         // IFF_UP is bit 0, so that the 16 bits that an ifreq has are enough.
         req.ifr_ifru.ifru_flags = (flags | libc::IFF_UP) as c_short;
         self.ioctl(libc::SIOCSIFFLAGS, &mut req)
+    }
+
+    /// The interface's Ethernet address.
+    pub(crate) fn mac(&self, name: IfName) -> io::Result<MacAddr> {
+        let mut req = Self::request(name);
+        self.ioctl(libc::SIOCGIFHWADDR, &mut req)?;
+        // SAFETY: SIOCGIFHWADDR has filled this member.
+        let data = unsafe { req.ifr_ifru.ifru_hwaddr.sa_data };
+        let mut octets = [0; 6];
+        for (octet, byte) in octets.iter_mut().zip(data) {
+            *octet = byte.cast_unsigned();
+        }
+        Ok(MacAddr(octets))
+    }
+
+    /// Gives the interface another Ethernet address.
+    pub(crate) fn set_mac(&self, name: IfName, mac: MacAddr) -> io::Result<()> {
+        let mut req = Self::request(name);
+        let mut address = libc::sockaddr { sa_family: libc::ARPHRD_ETHER, sa_data: [0; 14] };
+        for (byte, octet) in address.sa_data.iter_mut().zip(mac.0) {
+            *byte = octet.cast_signed();
+        }
+        req.ifr_ifru.ifru_hwaddr = address;
+        self.ioctl(libc::SIOCSIFHWADDR, &mut req)
     }
 
     pub(crate) fn mtu(&self, name: IfName) -> io::Result<u32> {

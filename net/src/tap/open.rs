@@ -188,6 +188,11 @@ fn configure(port: &mut TapPort, bridge: Option<&str>, mtu: Option<u16>) -> Resu
         port.mtu = mtu;
     }
     if let Some(bridge) = bridge {
+        // A bridge without an address of its own takes the lowest of its ports: a random low one would change it, and
+        // the host would be gone from its neighbours' ARP tables. 0xfe, as libvirt gives it, is never the lowest.
+        let mut mac = control.mac(raw).map_err(failed("read the address of"))?;
+        mac.0[0] = 0xfe;
+        control.set_mac(raw, mac).map_err(failed("set the address of"))?;
         bridge::enslave(bridge, &port.name)?;
     }
     control.set_up(raw).map_err(failed("bring up"))

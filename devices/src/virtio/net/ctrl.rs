@@ -1,7 +1,9 @@
 //! The control queue (virtio 1.3 §5.1.6.5): class, command and data in, one byte of acknowledgement out.
 //!
 //! `CTRL_RX` (promiscuous and its relatives) is acknowledged and changes nothing: the port delivers what is for this
-//! NIC, and filters are a service that a device gives "best effort". `CTRL_GUEST_OFFLOADS` reaches the port. Every
+//! NIC, and filters are a service that a device gives "best effort". The same holds for `CTRL_MAC_TABLE_SET`, which
+//! Linux sends whenever it has `CTRL_RX`; its table may be of any length and is not read. `CTRL_GUEST_OFFLOADS`
+//! reaches the port. Every
 //! other command, and data of the wrong length, is answered with `VIRTIO_NET_ERR`. A chain without room for the
 //! acknowledgement breaks the queue, as any broken chain does. At most [`CTRL_BUDGET`] commands are served in a turn.
 
@@ -16,10 +18,14 @@ use crate::virtio::{QueueError, Ring};
 
 /// Most commands of one turn.
 pub const CTRL_BUDGET: usize = 16;
-/// Class, command and the longest data that any command here has.
+/// Class, command and the longest data that any command here is read for.
 const LONGEST: usize = 2 + 8;
 
 const CLASS_RX: u8 = net_bits::VIRTIO_NET_CTRL_RX as u8;
+const CLASS_MAC: u8 = net_bits::VIRTIO_NET_CTRL_MAC as u8;
+const MAC_TABLE_SET: u8 = net_bits::VIRTIO_NET_CTRL_MAC_TABLE_SET as u8;
+/// The two counts of a MAC table, one of them for each kind of address.
+const MAC_TABLE_MIN: usize = 2 * size_of::<u32>();
 const CLASS_GUEST_OFFLOADS: u8 = net_bits::VIRTIO_NET_CTRL_GUEST_OFFLOADS as u8;
 const OFFLOADS_SET: u8 = net_bits::VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET as u8;
 const RX_ALLMULTI: u8 = net_bits::VIRTIO_NET_CTRL_RX_ALLMULTI as u8;
@@ -41,7 +47,7 @@ pub(super) fn serve(
             let (mut readable, mut writable) = (Vec::new(), Vec::new());
             Ring::collect_both(mem, chain, &mut readable, &mut writable)?;
             let Some(ack) = writable.first() else { return Err(QueueError::TooSmall { head, bytes: 0 }) };
-            let ok = read_command(&readable).is_some_and(|command| execute(&command, features, port));
+            let ok = execute(&read_command(&readable), features, port);
             let answer = if ok { net_bits::VIRTIO_NET_OK } else { net_bits::VIRTIO_NET_ERR };
             ack.copy_from(&[answer as u8]);
             ring.add_used(mem, head, 1)?;
@@ -57,23 +63,29 @@ pub(super) fn serve(
 /// A command as copied from guest memory.
 struct Command {
     bytes: [u8; LONGEST],
+    /// Bytes of the whole command; those beyond [`LONGEST`] were not copied.
     len: usize,
 }
 
-/// Copies the command; `None` when it is longer than any that we know.
-fn read_command(readable: &[VolatileSlice<'_>]) -> Option<Command> {
+fn read_command(readable: &[VolatileSlice<'_>]) -> Command {
     let mut command = Command { bytes: [0; LONGEST], len: 0 };
     for piece in readable {
-        let to = command.bytes.get_mut(command.len..command.len + piece.len())?;
-        command.len += piece.copy_to(to);
+        if let Some(to) = command.bytes.get_mut(command.len..) {
+            piece.copy_to(to);
+        }
+        command.len += piece.len();
     }
-    Some(command)
+    command
 }
 
 /// Does what the guest asks; whether it was possible.
 fn execute(command: &Command, features: u64, port: &mut dyn FramePort) -> bool {
     let has = |feature: u64| features & feature != 0;
-    match &command.bytes[..command.len] {
+    if let [CLASS_MAC, MAC_TABLE_SET, ..] = command.bytes {
+        return has(F_CTRL_RX) && command.len >= 2 + MAC_TABLE_MIN;
+    }
+    let Some(bytes) = command.bytes.get(..command.len) else { return false };
+    match bytes {
         [CLASS_RX, 0..=RX_ALLMULTI, 0 | 1] => has(F_CTRL_RX),
         [CLASS_RX, 2..=RX_NOBCAST, 0 | 1] => has(F_CTRL_RX_EXTRA),
         [CLASS_GUEST_OFFLOADS, OFFLOADS_SET, data @ ..] if has(F_CTRL_GUEST_OFFLOADS) => {
