@@ -24,7 +24,9 @@ use super::modules::{AVAILABLE, EARLY, LATE, Tree};
 pub(super) const REVISION: u32 = 1;
 
 /// The programs that are always there. busybox fills in for what is missing.
-pub(super) const PACKAGES: [&str; 9] = [
+pub(super) const PACKAGES: [&str; 10] = [
+    // scripts/bridge is written in it.
+    "bash",
     "busybox-static",
     // The shell: busybox's own prefers its applets to the programs on PATH, its `ip` to iproute2's.
     "dash",

@@ -31,12 +31,24 @@ fn unknown_commands_and_wrong_lengths_are_errors_not_breakage() {
         (0, 6, &[1][..]),
         (0, 0, &[]),
         (0, 0, &[2]),
-        (1, 0, &[0; 8]),
+        (1, 0, &[0; 7]),
+        (1, 1, &[0; 6]),
         (4, 0, &[1, 0]),
         (255, 255, &[0; 4000]),
     ] {
         assert_eq!(command(&mut lab, class, cmd, data), 1, "{class} {cmd}");
     }
+    lab.guest.assert_healthy();
+}
+
+#[test]
+fn a_mac_table_of_any_length_is_acknowledged() {
+    let mut lab = Lab::started(F_CTRL_VQ | F_CTRL_RX);
+    for len in [8, 8 + 6, 8 + 64 * 6] {
+        assert_eq!(command(&mut lab, 1, 0, &vec![0; len]), 0, "{len} bytes");
+    }
+    let mut without = Lab::started(F_CTRL_VQ);
+    assert_eq!(command(&mut without, 1, 0, &[0; 8]), 1);
     lab.guest.assert_healthy();
 }
 
