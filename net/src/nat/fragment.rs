@@ -174,6 +174,7 @@ impl Reassembler {
         self.packets.values().map(|(since, _)| *since + TIMEOUT).min()
     }
 
+    #[cfg(test)]
     /// Packets that are incomplete (or refused) and their payload bytes.
     pub(crate) fn load(&self) -> (usize, usize) {
         (self.packets.len(), self.bytes)

@@ -53,6 +53,7 @@ pub use config::{
     BadPublish, BadSubnet, Limits, MTU_RANGE, NatConfig, NatError, Publish, PublishProtocol, PublishTo,
     Reservation, Subnet,
 };
+pub use dhcp::Lease;
 pub use subnet::{Choice, NoFreeSubnet, Taken, choose, taken_by_host};
 
 use self::arp::Arp;
@@ -186,6 +187,11 @@ impl Nat {
     /// The TCP connections there are.
     pub fn tcp_flows(&self) -> Vec<TcpFlow> {
         self.tcp.flows()
+    }
+
+    /// The DHCP leases that hold, in the order of their addresses.
+    pub fn leases(&self) -> Vec<Lease> {
+        self.services.leases(Instant::now()).collect()
     }
 
     /// Open UDP sockets (published ports included) and ping sockets.

@@ -37,7 +37,7 @@ use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use self::message::{Answer, Kind, Refused, Request, code};
-pub(crate) use self::pool::Lease;
+pub use self::pool::Lease;
 use self::pool::{Client, Pool};
 use super::config::NatConfig;
 use crate::{DropReason, MacAddr};

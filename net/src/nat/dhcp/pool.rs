@@ -88,15 +88,15 @@ struct Entry {
 
 /// A lease that holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Lease {
+pub struct Lease {
     /// The guest's address.
-    pub(crate) address: Ipv4Addr,
+    pub address: Ipv4Addr,
     /// The guest's Ethernet address.
-    pub(crate) mac: MacAddr,
+    pub mac: MacAddr,
     /// Its name, if it has a usable one: a lower-case RFC 1123 label.
-    pub(crate) name: Option<String>,
+    pub name: Option<String>,
     /// When it ends.
-    pub(crate) until: Instant,
+    pub until: Instant,
 }
 
 /// The addresses and who has them.

@@ -70,7 +70,8 @@ impl Resolver {
         }
         self.checked = Some(now);
         self.ipv6 = has_default_route(&read(&self.ipv6_route));
-        let stamp = fs::metadata(&self.resolv_conf).ok().map(|m| (m.mtime(), m.mtime_nsec(), m.size(), m.ino()));
+        let stamp =
+            fs::metadata(&self.resolv_conf).ok().map(|m| (m.mtime(), m.mtime_nsec(), m.size(), m.ino()));
         if stamp != self.stamp || stamp.is_none() {
             self.stamp = stamp;
             let conf = parse(&read(&self.resolv_conf));

@@ -238,9 +238,8 @@ fn an_answer_too_large_for_the_guest_is_truncated_and_one_over_tcp_is_not() {
     }
     let asked = question("a.example.", RecordType::A, None);
     let token = Token { owner: Owner::Dns, slot: 0, generation: 0 };
-    let mut ask = Transaction::new(
-        Client::Stream(token), parse(&asked), &bytes(&asked), 0xabcd, &servers(1), None,
-    );
+    let mut ask =
+        Transaction::new(Client::Stream(token), parse(&asked), &bytes(&asked), 0xabcd, &servers(1), None);
     let whole = answered(&asked, 0xabcd, 2000);
     let Verdict::Final(answer) = ask.judge(&bytes(&whole)) else { panic!() };
     assert_eq!(Message::from_vec(&answer).unwrap().answers.len(), 2000);

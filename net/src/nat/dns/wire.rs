@@ -38,7 +38,6 @@ pub(crate) enum Rcode {
     ServFail,
     NxDomain,
     NotImp,
-    Refused,
 }
 
 impl Rcode {
@@ -49,7 +48,6 @@ impl Rcode {
             Self::ServFail => 2,
             Self::NxDomain => 3,
             Self::NotImp => 4,
-            Self::Refused => 5,
         }
     }
 }

@@ -40,9 +40,25 @@ pub(crate) struct Flow {
 }
 
 impl Flow {
-    pub(crate) fn new(guest: (Ipv4Addr, u16), sock: SockId, kind: PingKind, host_id: u16, now: Instant) -> Self {
+    pub(crate) fn new(
+        guest: (Ipv4Addr, u16),
+        sock: SockId,
+        kind: PingKind,
+        host_id: u16,
+        now: Instant,
+    ) -> Self {
         let (guest, id) = guest;
-        Self { guest, id, sock, kind, host_id, dont_fragment: false, queued: false, used: now, peers: Vec::new() }
+        Self {
+            guest,
+            id,
+            sock,
+            kind,
+            host_id,
+            dont_fragment: false,
+            queued: false,
+            used: now,
+            peers: Vec::new(),
+        }
     }
 
     /// The guest asks `peer` in a packet with this header.

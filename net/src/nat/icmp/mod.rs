@@ -224,7 +224,13 @@ impl Icmp {
         }
     }
 
-    fn send(&mut self, cx: &mut Cx<'_>, packet: &Ipv4In<'_>, to: Ipv4Addr, slot: u32) -> Result<(), DropReason> {
+    fn send(
+        &mut self,
+        cx: &mut Cx<'_>,
+        packet: &Ipv4In<'_>,
+        to: Ipv4Addr,
+        slot: u32,
+    ) -> Result<(), DropReason> {
         let flow = self.flows.get_mut(slot).ok_or(DropReason::NoFlow)?;
         let header = packet.head.first_chunk().copied().ok_or(DropReason::Malformed)?;
         flow.sent(to, header, cx.now);

@@ -71,6 +71,7 @@ impl Endpoint {
         self.peers.get(&seen)
     }
 
+    #[cfg(test)]
     pub(crate) fn peers(&self) -> usize {
         self.peers.len()
     }
