@@ -1,5 +1,7 @@
 //! The gateway's services as a guest finds them: a lease, and names.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that can't go on says where")]
+
 mod common;
 #[path = "nat_world/guest.rs"]
 #[allow(dead_code, reason = "each test binary uses its part")]

@@ -5,6 +5,8 @@
 //!                                                                     10.0.0.254  10.0.1.254, MTU 1280
 //! ```
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that can't go on says where")]
+
 mod common;
 #[path = "nat_world/guest.rs"]
 mod guest;
