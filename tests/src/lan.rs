@@ -49,7 +49,7 @@ impl Lan {
             ip(&format!("netns add {ns}"));
             ip(&format!("-n {ns} link set lo up"));
         }
-        ip(&format!("link add eth0 netns {host} type veth peer name lan0 netns {neighbour}"));
+        ip(&format!("-n {host} link add eth0 type veth peer name lan0 netns {neighbour}"));
         ip(&format!("-n {neighbour} addr add {NEIGHBOUR}/24 dev lan0"));
         ip(&format!("-n {neighbour} link set lan0 up"));
         ip(&format!("-n {host} link add br0 type bridge"));

@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use vmm::lab::{Config, Forward, Lab, LabError, Output, Run, UNPRIVILEGED, default_cache};
@@ -20,7 +20,8 @@ fn lab() -> Option<Lab> {
     match Lab::prepare(&config, &mut guest_images::Silent) {
         Err(LabError::QemuMissing) => {
             // On standard error, which the test harness shows with the name of the test.
-            writeln!(std::io::stderr(), "SKIPPED: {}", LabError::QemuMissing).unwrap();
+            writeln!(std::io::stderr(), "SKIPPED: {}", LabError::QemuMissing)
+                .expect("standard error is there");
             None
         }
         lab => Some(lab.expect("the outer machine")),
@@ -186,4 +187,36 @@ fn a_published_port_leads_into_the_lab() {
     });
     let output = lab.output(&run).unwrap();
     assert_eq!((text(&output).as_str(), client.join().unwrap().as_str()), ("ping", "lab\n"));
+}
+
+#[test]
+fn a_damaged_snapshot_is_made_anew() {
+    if lab().is_none() {
+        return;
+    }
+    // A cache of its own that shares the downloads.
+    let usual = default_cache().expect("HOME is set");
+    let cache = tempfile::tempdir().unwrap();
+    symlink(usual.join("apt"), cache.path().join("apt")).unwrap();
+    let config = Config { memory_mib: 512, cpus: 1, ..Config::new(cache.path()) };
+    let damages: [fn(&Path); 3] = [
+        |entry| fs::write(entry.join("state"), "cut").unwrap(),
+        // With a digest that fits: only the emulator can find out.
+        |entry| {
+            fs::write(entry.join("state"), [0; 16]).unwrap();
+            let digest = "374708fff7719dd5979ec875d56cd2286f6d3cf7ec317a3b25632aab28ec37bb";
+            fs::write(entry.join("digest"), digest).unwrap();
+        },
+        |entry| fs::remove_file(entry.join("memory")).unwrap(),
+    ];
+    for damage in damages {
+        let mut lab = Lab::prepare(&config, &mut guest_images::Silent).unwrap();
+        assert_eq!(text(&lab.output(&shell("echo well")).unwrap()), "well");
+        drop(lab);
+        let entries = fs::read_dir(cache.path().join("lab")).unwrap().map(|entry| entry.unwrap().path());
+        let mut machines = entries.filter(|path| path.join("state").exists());
+        damage(&machines.next().expect("one machine"));
+    }
+    let mut lab = Lab::prepare(&config, &mut guest_images::Silent).unwrap();
+    assert_eq!(text(&lab.output(&shell("echo well")).unwrap()), "well");
 }
