@@ -49,7 +49,7 @@ pub(crate) fn load(modules: &[Module]) -> Result<(), Error> {
 /// Sets the wall clock to nanoseconds since 1970.
 pub(crate) fn set_clock(now: u64) -> Result<(), Error> {
     let seconds = i64::try_from(now / 1_000_000_000)?;
-    let time = Timespec { tv_sec: seconds, tv_nsec: (now % 1_000_000_000) as _ };
+    let time = Timespec { tv_sec: seconds, tv_nsec: i64::try_from(now % 1_000_000_000)? };
     clock_settime(ClockId::Realtime, time).context(|| format!("set the clock to {seconds} s"))
 }
 

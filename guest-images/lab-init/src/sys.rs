@@ -76,7 +76,7 @@ fn request_for(interface: &str) -> io::Result<libc::ifreq> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{interface} is too long a name")));
     }
     for (to, from) in request.ifr_name.iter_mut().zip(bytes) {
-        *to = *from as libc::c_char;
+        *to = from.cast_signed();
     }
     Ok(request)
 }
@@ -93,7 +93,7 @@ fn socket_address(address: Ipv4Addr) -> libc::sockaddr {
     generic.sa_family = libc::AF_INET as libc::sa_family_t;
     // sockaddr_in: two bytes of port, then the address in network order.
     for (to, from) in generic.sa_data.iter_mut().skip(2).zip(address.octets()) {
-        *to = from as libc::c_char;
+        *to = from.cast_signed();
     }
     generic
 }

@@ -87,6 +87,11 @@ impl Config {
     pub fn new(cache: impl Into<PathBuf>) -> Self {
         Self { cache: cache.into(), memory_mib: 2048, cpus: 2, packages: Vec::new(), renew: false }
     }
+
+    /// The same without `renew`, which counts once.
+    fn unrenewed(&self) -> Self {
+        Self { renew: false, ..self.clone() }
+    }
 }
 
 /// The default cache: `$XDG_CACHE_HOME/pontoon`, or `~/.cache/pontoon`; `None` when neither variable is set.
@@ -206,7 +211,8 @@ pub fn run(options: &RunOptions, progress: &mut dyn Progress) -> Result<ExitStat
 #[derive(Debug)]
 pub struct Lab {
     config: Config,
-    snapshot: Snapshot,
+    /// `None` while, and after, a damaged one could not be replaced.
+    snapshot: Option<Snapshot>,
     /// Whether this snapshot has resumed at least once, so that a later failure is not its fault.
     proven: bool,
 }
@@ -219,7 +225,7 @@ impl Lab {
     /// [`LabError::QemuMissing`], [`LabError::Packages`] and others; each says what to do.
     pub fn prepare(config: &Config, progress: &mut dyn Progress) -> Result<Self, LabError> {
         let snapshot = Snapshot::find_or_make(config, progress)?;
-        Ok(Self { config: config.clone(), snapshot, proven: false })
+        Ok(Self { config: config.unrenewed(), snapshot: Some(snapshot), proven: false })
     }
 
     /// Runs a command without standard input and collects what it writes.
@@ -254,16 +260,22 @@ impl Lab {
         progress: &mut dyn Progress,
     ) -> Result<ExitStatus, LabError> {
         let files = archive::pack(&run.put, &own_binary())?;
-        match session::run(&self.snapshot, run, &files, &mut streams) {
+        let snapshot = match self.snapshot.take() {
+            Some(snapshot) => snapshot,
+            None => Snapshot::find_or_make(&self.config, progress)?,
+        };
+        match session::run(&snapshot, run, &files, &mut streams) {
             Err(error) if error.blames_snapshot() && !self.proven => {
                 progress.step(&format!("lab: the snapshot did not resume, making a new one ({error})"));
-                self.snapshot.discard()?;
-                self.snapshot = Snapshot::find_or_make(&self.config, progress)?;
+                // Let go of first: making one waits for everybody who holds the old one.
+                snapshot.discard()?;
+                let renewed = Snapshot::find_or_make(&self.config, progress)?;
                 self.proven = true;
-                session::run(&self.snapshot, run, &files, &mut streams)
+                session::run(self.snapshot.insert(renewed), run, &files, &mut streams)
             }
             answer => {
                 self.proven = true;
+                self.snapshot = Some(snapshot);
                 answer
             }
         }

@@ -89,8 +89,9 @@ impl Snapshot {
         Paths::of(&self.base, &self.dir)
     }
 
-    /// Throws it away; runs that have started keep their open files.
-    pub(super) fn discard(&self) -> Result<(), LabError> {
+    /// Throws it away, and lets go of it, so that a new one can be made; runs that have started keep their
+    /// open files.
+    pub(super) fn discard(self) -> Result<(), LabError> {
         remove(&self.dir)
     }
 }
@@ -216,13 +217,20 @@ impl Maker<'_> {
 fn remove_if_unused(lock_path: &Path) -> std::io::Result<()> {
     let lock = File::options().write(true).open(lock_path)?;
     let age = SystemTime::now().duration_since(lock.metadata()?.modified()?).unwrap_or_default();
-    if age < KEEP || lock.try_lock().is_err() {
+    if lock.try_lock().is_err() {
         return Ok(());
     }
-    for leftover in [lock_path.with_extension(""), lock_path.with_extension("part")] {
-        if leftover.is_dir() {
-            fs::remove_dir_all(&leftover)?;
-        }
+    // Whoever made this was killed: a maker holds the lock.
+    let part = lock_path.with_extension("part");
+    if part.is_dir() {
+        fs::remove_dir_all(&part)?;
+    }
+    let entry = lock_path.with_extension("");
+    if age < KEEP {
+        return Ok(());
+    }
+    if entry.is_dir() {
+        fs::remove_dir_all(&entry)?;
     }
     fs::remove_file(lock_path)
 }
