@@ -181,15 +181,19 @@ fn boot_flags(
             .bare_metal(true)
             .cmdline(extra)),
         Boot::Linux { kernel, initrd } => {
-            let mut builder = builder
-                .kernel(Kernel::Path(kernel.clone()))
-                .cmdline(format!("{} {extra}", DEFAULT_CMDLINE).trim_end());
+            let mut builder = builder.kernel(Kernel::Path(kernel.clone())).cmdline(linux_cmdline(extra));
             if let Some(path) = initrd {
                 builder = builder.initrd(initrd_with_request(args, path, terminal)?);
             }
             Ok(builder)
         }
     }
+}
+
+/// There is no PCI bus to look for. The kernel is asked to be quiet: the console belongs to the command or the shell. `--cmdline loglevel=7`, which
+/// comes later and therefore counts, shows a boot in full.
+fn linux_cmdline(extra: &str) -> String {
+    format!("{DEFAULT_CMDLINE} pci=off quiet {extra}").trim_end().to_owned()
 }
 
 /// The initrd with what this boot is to do behind it: our init reads it, another one ignores it.

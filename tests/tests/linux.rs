@@ -1,0 +1,168 @@
+//! Stock Debian kernels in the lab, as a user meets them: `pontoon run`, the demo, and the probe on a KVM with
+//! (emulated) hardware behind it.
+//!
+//! `scripts/test` builds the image beforehand; without it these tests say so and are skipped.
+
+use std::process::Output;
+
+use guest_images::Store;
+use pontoon_tests::{Pontoon, have_lab, skip};
+
+fn have_image() -> bool {
+    let built = Store::open_default().is_ok_and(|store| store.get("debian").is_ok());
+    if !built {
+        skip("the image is not built: pontoon image build debian");
+    }
+    built && have_lab()
+}
+
+fn text(output: &Output) -> String {
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    format!("status {:?}\nstdout:\n{out}\nstderr:\n{err}", output.status.code())
+}
+
+/// A command in a stock Debian guest, in the lab; `flags` before the command.
+fn debian(flags: &[&str], command: &[&str]) -> Output {
+    let head = ["run", "debian", "--accel", "lab", "--timeout", "120"];
+    Pontoon::new(head.iter().chain(flags).chain(&["--"]).chain(command)).output()
+}
+
+#[test]
+fn a_stock_kernel_loads_its_modules_gets_a_lease_and_returns_the_commands_status() {
+    if !have_image() {
+        return;
+    }
+    let script =
+        "ip -4 -o addr show eth0; ip route; cat /etc/resolv.conf; lsmod; ping -c 3 192.168.122.1; exit 42";
+    let output = debian(&["--subnet", "192.168.122.0/24"], &["sh", "-c", script]);
+    let all = text(&output);
+    assert_eq!(output.status.code(), Some(42), "{all}");
+    for fact in [
+        "inet 192.168.122.",
+        "default via 192.168.122.1",
+        "nameserver 192.168.122.1",
+        "virtio_net",
+        "virtio_mmio",
+        "3 packets transmitted, 3 packets received, 0% packet loss",
+    ] {
+        assert!(all.contains(fact), "'{fact}' is missing\n{all}");
+    }
+}
+
+#[test]
+fn several_cpus_and_memory_above_the_hole_are_seen_by_the_guest() {
+    if !have_image() {
+        return;
+    }
+    let output = debian(
+        &["--cpus", "3", "--memory", "700M", "--net", "none"],
+        &["sh", "-c", "nproc; free -m; ip -o link"],
+    );
+    let all = text(&output);
+    assert_eq!(output.status.code(), Some(0), "{all}");
+    let first = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(first.lines().next().map(str::trim), Some("3"), "{all}");
+    assert!(!all.contains("eth0"), "{all}");
+}
+
+#[test]
+fn a_kernel_and_initrd_of_the_users_own_work_the_same() {
+    if !have_image() {
+        return;
+    }
+    let image =
+        Store::open_default().and_then(|store| store.get("debian")).expect("it was there a moment ago");
+    let dir = tempfile::tempdir().expect("the temporary directory is writable");
+    let console = dir.path().join("console");
+    let words = ["run", "--accel", "lab", "--timeout", "120", "--kernel"].map(Into::into);
+    let mut args: Vec<std::ffi::OsString> = words.to_vec();
+    args.extend([image.kernel.into(), "--initrd".into(), image.initrd.into()]);
+    args.extend(["--console".into(), console.clone().into(), "--".into()]);
+    args.extend(["sh", "-c", "echo \"it's\" $(hostname) '&' done"].map(Into::into));
+    let output = Pontoon::new(args).output();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    let said = std::fs::read_to_string(&console).expect("the console was carried out");
+    assert!(said.contains("it's vm1 & done"), "{said}");
+}
+
+#[test]
+fn a_kernel_panic_and_a_guest_that_hangs_end_the_command() {
+    if !have_image() {
+        return;
+    }
+    let panicked = debian(&["--net", "none"], &["sh", "-c", "echo c >/proc/sysrq-trigger; sleep 60"]);
+    assert_eq!(panicked.status.code(), Some(125), "{}", text(&panicked));
+    let head = ["run", "debian", "--accel", "lab", "--net", "none", "--timeout", "12", "--", "sleep", "600"];
+    let hung = Pontoon::new(head).output();
+    assert_eq!(hung.status.code(), Some(124), "{}", text(&hung));
+}
+
+/// `pontoon WORDS…` on the emulated host, as an ordinary user unless `root`.
+fn in_lab(root: bool, words: &[&str]) -> Output {
+    let user = if root { &[][..] } else { &["--user"] };
+    let head = ["lab", "--timeout", "120"];
+    Pontoon::new(head.iter().chain(user).chain(&["--", "pontoon"]).chain(words)).output()
+}
+
+#[test]
+fn an_ordinary_user_needs_no_privilege_for_the_nat() {
+    if !have_lab() {
+        return;
+    }
+    let orders = "probe.do=dhcp;ping=gw,count=2;resolve=gateway.internal;tcp-connect=169.254.169.254:80,expect=refused";
+    let output = in_lab(false, &["run", "probe", "--memory", "64M", "--cmdline", orders]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    // And where the kernel forbids unprivileged ping, the guest is told so and nobody fakes an answer.
+    let output = in_lab(
+        false,
+        &[
+            "run",
+            "probe",
+            "--memory",
+            "64M",
+            "--cmdline",
+            "probe.do=dhcp;ping=10.0.2.2,count=1,expect=unreachable",
+        ],
+    );
+    let all = text(&output);
+    assert_eq!(output.status.code(), Some(0), "{all}");
+    assert!(all.contains("ping_group_range"), "{all}");
+}
+
+#[test]
+fn the_check_passes_on_emulated_amd_v() {
+    if !have_lab() {
+        return;
+    }
+    let output = in_lab(true, &["check", "--json"]);
+    let all = text(&output);
+    assert_eq!(output.status.code(), Some(0), "{all}");
+    let line = String::from_utf8_lossy(&output.stdout).into_owned();
+    let result: serde_json::Value = serde_json::from_str(line.trim()).expect("--json prints JSON");
+    assert_eq!((&result["ok"], &result["kvm"]), (&true.into(), &"AMD-V".into()), "{all}");
+}
+
+#[test]
+fn the_demo_passes() {
+    if !have_image() {
+        return;
+    }
+    let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts");
+    let images = Store::open_default().expect("it was there a moment ago").images_dir();
+    let output = Pontoon::new([
+        "lab".to_owned(),
+        "--timeout".to_owned(),
+        "280".to_owned(),
+        "--put".to_owned(),
+        format!("{demo}/demo.d/story:/usr/local/share/pontoon/demo.d/story"),
+        "--put".to_owned(),
+        format!("{demo}/bridge:/usr/local/share/pontoon/bridge"),
+        "--put".to_owned(),
+        format!("{}:/root/.cache/pontoon/images", images.display()),
+        "--".to_owned(),
+        "/usr/local/share/pontoon/demo.d/story".to_owned(),
+    ])
+    .output();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(text(&output).contains(" passed, 0 failed"), "{}", text(&output));
+}
