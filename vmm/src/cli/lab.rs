@@ -38,7 +38,9 @@ pub(crate) fn run_in_lab(options: &RunOptions) -> Result<u8, Failure> {
             output::error(&anyhow::Error::new(error));
             Ok(STATUS_TIMEOUT)
         }
-        Err(error @ (LabError::QemuMissing | LabError::Config(_) | LabError::Publish { .. })) => Err(Failure::usage(error)),
+        Err(error @ (LabError::QemuMissing | LabError::Config(_) | LabError::Publish { .. })) => {
+            Err(Failure::usage(error))
+        }
         Err(error) => Err(Failure::machine(error)),
     }
 }

@@ -190,10 +190,11 @@ fn boot_flags(
     }
 }
 
-/// There is no PCI bus to look for. The kernel is asked to be quiet: the console belongs to the command or the shell. `--cmdline loglevel=7`, which
-/// comes later and therefore counts, shows a boot in full.
+/// The kernel is asked to say nothing below "critical" (loglevel 3; "quiet" would let it complain that there is no PCI
+/// bus): the console belongs to the command or the shell. `--cmdline loglevel=7`, which comes later and therefore
+/// counts, shows a boot in full.
 fn linux_cmdline(extra: &str) -> String {
-    format!("{DEFAULT_CMDLINE} pci=off quiet {extra}").trim_end().to_owned()
+    format!("{DEFAULT_CMDLINE} loglevel=3 {extra}").trim_end().to_owned()
 }
 
 /// The initrd with what this boot is to do behind it: our init reads it, another one ignores it.
