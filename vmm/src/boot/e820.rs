@@ -30,8 +30,10 @@ pub struct E820Entry {
 /// The map of a machine with `memory` bytes of RAM, sorted, without overlaps.
 pub fn e820_map(memory: u64) -> Vec<E820Entry> {
     let ram = |addr, size| E820Entry { addr, size, kind: E820Kind::Ram };
-    let mut map =
-        vec![ram(0, LOW_RAM_END), E820Entry { addr: ACPI, size: RESERVED_END - ACPI, kind: E820Kind::Reserved }];
+    let mut map = vec![
+        ram(0, LOW_RAM_END),
+        E820Entry { addr: ACPI, size: RESERVED_END - ACPI, kind: E820Kind::Reserved },
+    ];
     for (base, size) in ranges(memory) {
         let start = base.0.max(HIGH_RAM);
         map.push(ram(start, base.0 + size - start));

@@ -68,3 +68,103 @@ impl Drop for RawMode {
         sys::disarm();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::env;
+    use std::fs::File;
+    use std::process::{Command, ExitStatus, Stdio};
+
+    use rustix::fs::{Mode, OFlags, open};
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    use rustix::termios::LocalModes;
+
+    use super::*;
+
+    /// Set in the child of a test: how it is to end.
+    const CHILD: &str = "PONTOON_TEST_TTY_CHILD";
+
+    /// Both ends of a new terminal, cooked.
+    fn terminal() -> (OwnedFd, OwnedFd) {
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        grantpt(&master).unwrap();
+        unlockpt(&master).unwrap();
+        let name = ptsname(&master, Vec::new()).unwrap();
+        let slave = open(name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).unwrap();
+        (master, slave)
+    }
+
+    fn is_raw(terminal: &OwnedFd) -> bool {
+        !tcgetattr(terminal)
+            .unwrap()
+            .local_modes
+            .intersects(LocalModes::ECHO | LocalModes::ICANON | LocalModes::ISIG)
+    }
+
+    /// Runs the test `child` in a process of its own that ends in this way, its input a terminal, and says how it
+    /// ended and whether the terminal was left raw.
+    fn child_that(ends: &str) -> (ExitStatus, bool) {
+        let (_master, slave) = terminal();
+        let status = Command::new(env::current_exe().unwrap())
+            .args(["--exact", "console::tty::tests::child"])
+            .env(CHILD, ends)
+            .stdin(Stdio::from(File::from(slave.try_clone().unwrap())))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .unwrap();
+        (status, is_raw(&slave))
+    }
+
+    /// The body of [`child_that`]'s process; nothing in an ordinary run.
+    #[test]
+    fn child() {
+        let Ok(ends) = env::var(CHILD) else { return };
+        let guard = RawMode::enter(io::stdin()).unwrap().expect("stdin is a terminal");
+        assert!(is_raw(&io::stdin().as_fd().try_clone_to_owned().unwrap()));
+        match ends.as_str() {
+            "exit" => std::process::exit(3),
+            "abort" => std::process::abort(),
+            "SIGTERM" => signal_hook::low_level::raise(libc::SIGTERM).unwrap(),
+            other => panic!("{other}"),
+        }
+        drop(guard);
+    }
+
+    #[test]
+    fn a_terminal_is_raw_while_the_guard_lives_and_one_at_a_time() {
+        let (_master, slave) = terminal();
+        assert!(!is_raw(&slave));
+        let guard = RawMode::enter(&slave).unwrap();
+        assert!(guard.is_some() && is_raw(&slave));
+        assert!(matches!(RawMode::enter(&slave), Err(TtyError::Busy)));
+        drop(guard);
+        assert!(!is_raw(&slave));
+    }
+
+    #[test]
+    fn what_is_no_terminal_is_left_alone() {
+        let (reader, _writer) = io::pipe().unwrap();
+        assert!(RawMode::enter(&reader).unwrap().is_none());
+    }
+
+    #[test]
+    fn exit_restores_the_terminal() {
+        let (status, raw) = child_that("exit");
+        assert_eq!((status.code(), raw), (Some(3), false));
+    }
+
+    #[test]
+    fn abort_restores_the_terminal_and_still_aborts() {
+        use std::os::unix::process::ExitStatusExt;
+        let (status, raw) = child_that("abort");
+        assert_eq!((status.signal(), raw), (Some(libc::SIGABRT), false));
+    }
+
+    #[test]
+    fn a_fatal_signal_restores_the_terminal_and_still_kills() {
+        use std::os::unix::process::ExitStatusExt;
+        let (status, raw) = child_that("SIGTERM");
+        assert_eq!((status.signal(), raw), (Some(libc::SIGTERM), false));
+    }
+}

@@ -177,6 +177,60 @@ fn a_machine_that_spins_is_stopped_by_a_drop() {
 }
 
 #[test]
+fn no_kick_is_lost_however_early_it_comes() {
+    let Some(_) = machine(&[]) else { return };
+    for _ in 0..50 {
+        let machine = machine(&[0xeb, 0xfe]).expect("KVM was there").build().unwrap();
+        assert_eq!(
+            machine
+                .start()
+                .map(|running| {
+                    running.stop();
+                    running.wait()
+                })
+                .unwrap(),
+            ExitReason::Stopped
+        );
+    }
+}
+
+/// Set in the process of [`nothing_is_left_of_a_machine_that_ended`].
+const CHILD: &str = "PONTOON_TEST_LEFTOVERS_CHILD";
+
+/// Descriptors of this process, and its threads that belong to a machine.
+fn belongings() -> (usize, Vec<String>) {
+    let open_files = std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let threads = std::fs::read_dir("/proc/self/task").unwrap().filter_map(|task| {
+        let name = std::fs::read_to_string(task.ok()?.path().join("comm")).ok()?;
+        (name.starts_with("vcpu") || name == "io\n").then_some(name)
+    });
+    (open_files, threads.collect())
+}
+
+/// In a process of its own, since other tests have machines too.
+#[test]
+fn nothing_is_left_of_a_machine_that_ended() {
+    let Some(first) = machine(&exit(0)) else { return };
+    if std::env::var_os(CHILD).is_none() {
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "machine::tests::nothing_is_left_of_a_machine_that_ended"])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+        return;
+    }
+    // The first machine opens what std keeps open.
+    run(first.cpus(2));
+    let before = belongings();
+    assert_eq!(before.1, Vec::<String>::new());
+    for _ in 0..3 {
+        run(machine(&exit(0)).expect("KVM was there").cpus(2));
+    }
+    assert_eq!(belongings(), before);
+}
+
+#[test]
 fn a_machine_that_was_never_started_leaves_nothing() {
     let Some(machine) = machine(&[0xeb, 0xfe]) else { return };
     drop(machine.build().unwrap());
@@ -252,7 +306,8 @@ const START_SECOND_CPU: [u8; 48] = [
 #[test]
 fn a_second_cpu_starts_by_sipi() {
     // mov [0x8000], exit(7)
-    let code = [&[0xc7, 0x04, 0x25, 0x00, 0x80, 0x00, 0x00, 0xb0, 0x07, 0xe6, 0xf4][..], &START_SECOND_CPU].concat();
+    let code =
+        [&[0xc7, 0x04, 0x25, 0x00, 0x80, 0x00, 0x00, 0xb0, 0x07, 0xe6, 0xf4][..], &START_SECOND_CPU].concat();
     let Some(machine) = machine(&code) else { return };
     assert_eq!(run(machine.cpus(2)), ExitReason::Status(7));
 }
