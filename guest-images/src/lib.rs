@@ -15,6 +15,10 @@ pub mod initrd;
 pub mod progress;
 pub mod store;
 
+#[cfg(test)]
+#[path = "../../tests/src/skip.rs"]
+mod skip;
+
 pub use progress::{Progress, Silent};
 pub use store::{BuildOptions, Error, Image, Manifest, Store, cache_dir};
 

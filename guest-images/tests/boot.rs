@@ -3,6 +3,8 @@
 //! QEMU's virtio devices sit on PCI, Pontoon's on MMIO; init finds both by modalias. `isa-debug-exit` stands for the exit device: QEMU
 //! ends with 2·status+1. Without qemu-system-x86_64, or without an archive to build the image from, each test says so and is skipped.
 
+#[path = "../../tests/src/skip.rs"]
+mod skip;
 mod boot {
     pub(crate) mod machine;
 }

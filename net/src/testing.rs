@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::{Bytes, VolatileSlice};
 
 use crate::{
-    Counters, DropReason, ETHERNET_LEN, FramePort, Lent, MAX_FRAME, Offloads, Received, RxRing, Sent, TxFrame,
-    VnetHdr,
+    Counters, DropReason, ETHERNET_LEN, FramePort, Lent, MAX_FRAME, Offloads, Received, RxRing, Sent,
+    TxFrame, VnetHdr,
 };
 
 /// A frame and its header.

@@ -116,7 +116,7 @@ fn a_full_disk_ends_the_capture_and_not_the_traffic() {
 #[test]
 fn tcpdump_reads_the_file() {
     if Command::new("tcpdump").arg("--version").output().is_err() {
-        println!("skipped: tcpdump is not installed");
+        common::skip::skip("tcpdump is not installed");
         return;
     }
     let dir = tempfile::tempdir().unwrap();

@@ -10,10 +10,12 @@
 #![allow(clippy::panic, clippy::print_stderr, reason = "this crate is for tests only")]
 
 pub mod lan;
+mod skip;
+
+pub use skip::skip;
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -35,18 +37,6 @@ pub fn pontoon() -> PathBuf {
         .expect("cargo runs, it built this test");
     assert!(status.success() && built.exists(), "no binary at {}", built.display());
     built
-}
-
-/// Says that the calling test cannot run here, and why. The test then returns.
-pub fn skip(reason: &str) {
-    let name = std::thread::current().name().unwrap_or("a test").to_owned();
-    eprintln!("SKIPPED {name}: {reason}");
-    let note =
-        std::env::var_os("PONTOON_SKIPS").map(|path| OpenOptions::new().append(true).create(true).open(path));
-    if let Some(Ok(mut file)) = note {
-        // One write, so that lines of parallel tests don't mix.
-        let _ = file.write_all(format!("  {name}: {reason}\n").as_bytes());
-    }
 }
 
 /// Whether guests run on this host's KVM; if not, says so for the calling test.

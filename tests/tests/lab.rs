@@ -19,9 +19,7 @@ fn lab() -> Option<Lab> {
     let config = Config::new(default_cache().expect("HOME is set"));
     match Lab::prepare(&config, &mut guest_images::Silent) {
         Err(LabError::QemuMissing) => {
-            // On standard error, which the test harness shows with the name of the test.
-            writeln!(std::io::stderr(), "SKIPPED: {}", LabError::QemuMissing)
-                .expect("standard error is there");
+            pontoon_tests::skip(LabError::QemuMissing);
             None
         }
         lab => Some(lab.expect("the outer machine")),

@@ -9,5 +9,8 @@ pub mod lab;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+#[cfg(test)]
+#[path = "../../tests/src/skip.rs"]
+mod skip;
 mod vcpu;
 pub mod world;

@@ -138,7 +138,7 @@ fn a_broken_package_says_which() {
     let (archive, _) = remembering(cache.path());
     let debs = archive.fetch(&["hello"], Dependencies::Ignored, Freshness::Remembered, &mut Silent).unwrap();
     match debs[0].unpack(&cache.path().join("root")) {
-        Err(Error::MissingProgram { .. }) => eprintln!("skipped: dpkg-deb is not installed"),
+        Err(Error::MissingProgram { .. }) => crate::skip::skip("dpkg-deb is not installed"),
         Err(Error::Package { name, .. }) => assert_eq!(name, "hello"),
         other => panic!("{other:?}"),
     }
@@ -151,7 +151,7 @@ fn skipped(error: &Error) -> bool {
         Error::Unreachable { .. } | Error::MissingProgram { .. } | Error::MissingKeyring { .. }
     );
     if skip {
-        eprintln!("skipped: {error}");
+        crate::skip::skip(error);
     }
     skip
 }

@@ -148,7 +148,7 @@ fn image_is_built_once_and_again_only_when_something_changed() {
             | deb::Error::MissingProgram { .. }
             | deb::Error::MissingKeyring { .. }),
         )) => {
-            eprintln!("skipped: {error}");
+            crate::skip::skip(&error);
             return;
         }
         answer => answer.unwrap(),

@@ -3,7 +3,6 @@
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
-    clippy::print_stderr,
     reason = "the helper of tests: what fails here fails the test, what is skipped is said"
 )]
 
@@ -23,7 +22,7 @@ const QEMU: &str = "qemu-system-x86_64";
 /// The image, built once per target directory; `None`, with a line on stderr, where that is impossible.
 pub(crate) fn image() -> Option<Image> {
     if Command::new(QEMU).arg("--version").stdout(Stdio::null()).status().is_err() {
-        eprintln!("skipped: {QEMU} is not installed");
+        crate::skip::skip(format_args!("{QEMU} is not installed"));
         return None;
     }
     let store = Store::open(&Path::new(env!("CARGO_TARGET_TMPDIR")).join("pontoon"));
@@ -34,7 +33,7 @@ pub(crate) fn image() -> Option<Image> {
             | deb::Error::MissingProgram { .. }
             | deb::Error::MissingKeyring { .. }),
         )) => {
-            eprintln!("skipped: {error}");
+            crate::skip::skip(&error);
             None
         }
         Err(error) => panic!("{error}"),

@@ -54,11 +54,6 @@ impl Outbox {
     pub(crate) fn is_empty(&self) -> bool {
         self.frames.is_empty()
     }
-
-    #[cfg(test)]
-    pub(crate) fn take(&mut self) -> Vec<Vec<u8>> {
-        self.frames.drain(..).collect()
-    }
 }
 
 /// Writes `bytes` into the beginning of lent buffers, which have room for them.

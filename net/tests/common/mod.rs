@@ -6,6 +6,8 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 pub(crate) mod guest;
+#[path = "../../../tests/src/skip.rs"]
+pub(crate) mod skip;
 pub(crate) mod sys;
 
 use std::process::Command;
@@ -35,7 +37,7 @@ pub(crate) fn isolated(name: &str, body: impl FnOnce()) {
     let works =
         |flags| Command::new("unshare").args([flags, "true"]).output().is_ok_and(|o| o.status.success());
     let Some(flags) = ["-n", "-rn"].into_iter().find(|flags| works(*flags)) else {
-        println!("skipped: this host lets us make no network namespace (unshare -rn)");
+        skip::skip("this host lets us make no network namespace (unshare -rn)");
         return;
     };
     let exe = std::env::current_exe().unwrap();
@@ -49,7 +51,7 @@ pub(crate) fn has_tun() -> bool {
     match std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
         Ok(_) => true,
         Err(error) => {
-            println!("skipped: /dev/net/tun: {error}");
+            skip::skip(format_args!("/dev/net/tun: {error}"));
             false
         }
     }

@@ -147,7 +147,7 @@ fn disassemble(bytes: &[u8]) -> Option<String> {
     let run = match Command::new("iasl").arg("-d").arg(&path).current_dir(dir.path()).output() {
         Ok(run) => run,
         Err(e) => {
-            println!("SKIPPED: iasl does not run here ({e}); install acpica-tools");
+            crate::skip::skip(format_args!("iasl does not run here ({e}); install acpica-tools"));
             return None;
         }
     };

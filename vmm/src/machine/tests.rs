@@ -30,7 +30,7 @@ fn guest(code: &[u8]) -> Kernel {
 fn machine(code: &[u8]) -> Option<MachineBuilder> {
     let host = Host::probe();
     if !host.kind.is_usable() {
-        println!("SKIPPED: needs KVM, but here it is {:?}", host.kind);
+        crate::skip::skip(format_args!("needs KVM, but here it is {:?}", host.kind));
         return None;
     }
     Some(Machine::builder().kernel(guest(code)).memory(4 << 20))
