@@ -291,8 +291,10 @@ impl Flow {
 
     /// The window to announce, as it goes into a header: what the socket is sure to take.
     ///
-    /// The right edge never moves back (RFC 9293 §3.8.6.2.2); the socket is asked once half of what was announced is
-    /// used up. When the socket is nearly full we ask for its event, which also tells the kernel that its send buffer
+    /// The right edge never moves back (RFC 9293 §3.8.6.2.2), even when the socket turns out to have less room: then
+    /// it refuses, and the guest sends again. Only the header's units of 256 bytes hide up to 255 bytes of it, and what
+    /// was announced before is still taken (RFC 7323 §2.4). The socket is asked once half of what was announced is used
+    /// up. When the socket is nearly full we ask for its event, which also tells the kernel that its send buffer
     /// is what limits the flow and may grow.
     pub(super) fn window(&mut self, cx: &mut Cx<'_>) -> u16 {
         let left = self.announced();

@@ -99,52 +99,107 @@ proptest! {
         rooms in proptest::collection::vec(0usize..3000, 0..10),
         big in any::<bool>(),
     ) {
+        let mut wire = Wire::new(losses, big);
+        wire.run(&up, &down, rooms);
+        prop_assert_eq!(&wire.bench.sock().received, &up);
+        prop_assert_eq!(wire.got, down);
+    }
+}
+
+/// Losses on end after which the wire lets a frame pass: a flow that heard nothing 12 times would rightly give up.
+const MOST_LOSSES: u32 = 10;
+/// Longest time that a flow with something to deliver may be silent: the largest retransmission time-out.
+const LONGEST_SILENCE: Duration = Duration::from_secs(60);
+
+/// A connection over a wire that loses what it is told to.
+struct Wire {
+    bench: Bench,
+    losses: std::vec::IntoIter<u8>,
+    lost: u32,
+    /// Of the guest's data: sent, and acknowledged.
+    sent: usize,
+    acked: usize,
+    /// Of the world's data, what the guest has.
+    got: Vec<u8>,
+}
+
+impl Wire {
+    fn new(losses: Vec<u8>, big: bool) -> Self {
         let mut bench = Bench::established();
         if big {
             bench.guest = Offloads::CSUM | Offloads::TSO4;
         }
-        let mut losses = losses.into_iter();
-        let mut lose = move || losses.next() == Some(0);
-        let mut rooms = rooms.into_iter();
-        let (mut sent, mut acked) = (0usize, 0usize);
-        let mut got: Vec<u8> = Vec::new();
-        bench.sock().inbox.extend(&down);
-        bench.sock().room = 0;
-        bench.event(Events::READ);
-        for _ in 0..500 {
-            bench.sock().room += rooms.next().unwrap_or(1000);
-            bench.event(Events::WRITE);
-            // The guest sends what the window allows, cut at 700 bytes, from what is not acknowledged when time passes.
-            let end = up.len().min(acked + 2000);
-            while sent < end {
-                let upto = end.min(sent + 700);
-                if !lose() {
-                    let at = u32::try_from(sent).unwrap() + 1;
-                    let ack = u32::try_from(got.len()).unwrap() + 1;
-                    bench.send(&seg(Flags::ACK, at, ack).data(&up[sent..upto]));
-                }
-                sent = upto;
-            }
-            for line in bench.turn_frames() {
-                if lose() {
-                    continue;
-                }
-                acked = acked.max(line.ack as usize - 1);
-                if line.seq as usize - 1 == got.len() {
-                    got.extend_from_slice(&line.data);
-                }
-                let ack = u32::try_from(got.len()).unwrap() + 1;
-                if !line.data.is_empty() && !lose() {
-                    bench.send(&seg(Flags::ACK, u32::try_from(sent).unwrap() + 1, ack));
-                }
-            }
-            if acked == up.len() && got.len() == down.len() {
-                break;
-            }
-            bench.pass(Duration::from_millis(300));
-            sent = acked;
-        }
-        prop_assert_eq!(&bench.sock().received, &up);
-        prop_assert_eq!(got, down);
+        Self { bench, losses: losses.into_iter(), lost: 0, sent: 0, acked: 0, got: Vec::new() }
     }
+
+    fn loses(&mut self) -> bool {
+        let loses = self.losses.next() == Some(0) && self.lost < MOST_LOSSES;
+        self.lost += u32::from(loses);
+        loses
+    }
+
+    fn guest_sends(&mut self, at: usize, data: &[u8]) {
+        if self.loses() {
+            return;
+        }
+        self.lost = 0;
+        let (seq, ack) = (u32::try_from(at).unwrap() + 1, u32::try_from(self.got.len()).unwrap() + 1);
+        self.bench.send(&seg(Flags::ACK, seq, ack).data(data));
+    }
+
+    /// The guest takes what a turn brings, and acknowledges data. Says whether anything was sent at all.
+    fn guest_receives(&mut self) -> bool {
+        let lines = self.bench.turn_frames();
+        let any = !lines.is_empty();
+        for line in lines {
+            if self.loses() {
+                continue;
+            }
+            self.acked = self.acked.max(line.ack as usize - 1);
+            if line.seq as usize - 1 == self.got.len() {
+                self.got.extend_from_slice(&line.data);
+            }
+            if !line.data.is_empty() {
+                self.guest_sends(self.sent, &[]);
+            }
+        }
+        any
+    }
+
+    /// Until all has arrived on both sides. Time passes as fast as somebody has something to do.
+    fn run(&mut self, up: &[u8], down: &[u8], rooms: Vec<usize>) {
+        let mut rooms = rooms.into_iter();
+        self.bench.sock().inbox.extend(down);
+        self.bench.sock().room = 0;
+        self.bench.event(Events::READ);
+        while self.acked < up.len() || self.got.len() < down.len() {
+            self.bench.sock().room += rooms.next().unwrap_or(1000);
+            self.bench.event(Events::WRITE);
+            // The guest sends again what was not acknowledged when time had passed, 2000 bytes cut at 700.
+            let mut busy = self.acked < up.len();
+            self.sent = self.acked;
+            let end = up.len().min(self.acked + 2000);
+            while self.sent < end {
+                let upto = end.min(self.sent + 700);
+                self.guest_sends(self.sent, &up[self.sent..upto]);
+                self.sent = upto;
+            }
+            busy |= self.guest_receives();
+            if busy {
+                self.bench.pass(Duration::from_millis(300));
+            } else if self.got.len() < down.len() {
+                let deadline = self.bench.tcp.deadline().expect("data are on their way");
+                let silence = deadline.saturating_duration_since(self.bench.now);
+                assert!(silence <= LONGEST_SILENCE, "stalled with {} of {}", self.got.len(), down.len());
+                self.bench.pass(silence);
+            }
+        }
+    }
+}
+
+#[test]
+fn ten_losses_on_end_are_waited_out() {
+    let mut wire = Wire::new(vec![0; 10], false);
+    wire.run(&[], &[7; 3000], vec![]);
+    assert_eq!(wire.got, [7; 3000]);
 }

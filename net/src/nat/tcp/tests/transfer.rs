@@ -80,6 +80,38 @@ fn the_window_is_the_room_in_the_socket_and_opens_with_it() {
 }
 
 #[test]
+fn a_window_is_never_taken_back_when_the_socket_has_less_room_than_it_said() {
+    let mut bench = Bench::established();
+    let (edge, units) = (1 + 50_000, 255);
+    bench.sock().room = 2500;
+    for at in [0, 1000] {
+        bench.send(&seg(Flags::ACK, 1 + at, 1).data(&[7; 1000]));
+        bench.turn();
+        assert!(1 + at + 1000 + bench.window + units >= edge, "{}", bench.window);
+    }
+    // The third segment is cut, and the one behind it has to come again; neither is lost.
+    bench.send(&seg(Flags::ACK, 2001, 1).data(&[7; 1000]));
+    bench.send(&seg(Flags::ACK, 3001, 1).data(&[7; 1000]));
+    assert_eq!(bench.turn(), ["ACK 1+0 ack 2501"; 2]);
+    assert_eq!(bench.dropped(DropReason::Tcp), 1);
+    assert!(bench.sock().wants_write);
+}
+
+#[test]
+fn what_was_announced_once_is_taken_whatever_rounding_hides() {
+    let mut bench = Bench::established();
+    bench.send(&seg(Flags::ACK, 1, 1).data(&[7; 100]));
+    bench.turn();
+    assert_eq!(bench.window, 49_664, "49,900 bytes in units of 256");
+    for at in 0..499 {
+        bench.send(&seg(Flags::ACK, 101 + at * 100, 1).data(&[7; 100]));
+    }
+    assert_eq!(bench.turn(), ["ACK 1+0 ack 50001"]);
+    assert_eq!(bench.dropped(DropReason::Tcp), 0);
+    assert_eq!(bench.sock().received.len(), 50_000);
+}
+
+#[test]
 fn a_probe_of_a_closed_window_and_a_keepalive_are_answered() {
     let mut bench = Bench::established();
     bench.send(&seg(Flags::ACK, 0, 1));
