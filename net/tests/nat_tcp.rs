@@ -20,8 +20,8 @@ use std::thread;
 
 use common::ip;
 use kernel::Network;
-use net::nat::{Nat, NatConfig};
 use net::Offloads;
+use net::nat::{Nat, NatConfig};
 use smol::Smol;
 
 const WORLD: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
