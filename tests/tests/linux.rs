@@ -3,6 +3,8 @@
 //!
 //! `scripts/test` builds the image beforehand; without it these tests say so and are skipped.
 
+use std::fs;
+use std::path::PathBuf;
 use std::process::Output;
 
 use guest_images::Store;
@@ -140,6 +142,70 @@ fn the_check_passes_on_emulated_amd_v() {
     let line = String::from_utf8_lossy(&output.stdout).into_owned();
     let result: serde_json::Value = serde_json::from_str(line.trim()).expect("--json prints JSON");
     assert_eq!((&result["ok"], &result["kvm"]), (&true.into(), &"AMD-V".into()), "{all}");
+}
+
+/// The test binary `name` that was built beside this one; the newest, if older builds are still about.
+fn sibling(name: &str) -> PathBuf {
+    let here = std::env::current_exe().expect("a test has a path");
+    let entries = fs::read_dir(here.parent().expect("it is in a folder")).expect("the folder is readable");
+    let is_binary = |path: &PathBuf| {
+        let stem = path.file_stem().and_then(|s| s.to_str()).unwrap_or_default();
+        path.extension().is_none() && stem.rsplit_once('-').is_some_and(|(test, _)| test == name)
+    };
+    let modified = |path: &PathBuf| fs::metadata(path).and_then(|meta| meta.modified()).ok();
+    let found = entries.flatten().map(|entry| entry.path()).filter(is_binary).max_by_key(modified);
+    found.expect("it is built with the other tests: cargo nextest run -p pontoon-tests")
+}
+
+/// Runs one of the probe's test binaries, which are static, on the emulated host.
+fn tests_in_lab(name: &str) {
+    if !have_lab() {
+        return;
+    }
+    let put = format!("{}:/lab/{name}", sibling(name).display());
+    let output = Pontoon::new([
+        "lab",
+        "--timeout",
+        "200",
+        "--put",
+        &put,
+        "--",
+        "env",
+        "PONTOON_BIN=/usr/local/bin/pontoon",
+        &format!("/lab/{name}"),
+        "--test-threads=1",
+    ])
+    .output();
+    let all = text(&output);
+    assert_eq!(output.status.code(), Some(0), "{all}");
+    assert!(all.contains("test result: ok.") && !all.contains("SKIPPED"), "{all}");
+}
+
+#[test]
+fn the_probes_tests_of_the_nat_pass_on_emulated_amd_v() {
+    tests_in_lab("probe_nat");
+}
+
+#[test]
+fn the_probes_tests_of_the_bridge_pass_on_emulated_amd_v() {
+    tests_in_lab("probe_tap");
+}
+
+#[test]
+fn a_kvm_that_is_absent_or_forbidden_is_one_clear_error() {
+    if !have_lab() {
+        return;
+    }
+    let run = "pontoon run probe --accel kvm --cmdline probe.do=dhcp";
+    let script =
+        format!("chmod 600 /dev/kvm; su -s /bin/sh nobody -c '{run}'; echo $?; rm /dev/kvm; {run}; echo $?");
+    let output = Pontoon::new(["lab", "--timeout", "100", "--", "sh", "-c", &script]).output();
+    let all = text(&output);
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(stdout.lines().collect::<Vec<_>>(), ["2", "2"], "{all}");
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(errors.contains("/dev/kvm may not be opened"), "{all}");
+    assert!(errors.contains("there is no /dev/kvm") && errors.contains("modprobe kvm_amd"), "{all}");
 }
 
 #[test]

@@ -10,6 +10,7 @@ use std::str::FromStr;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use net::MacAddr;
 use net::nat::{Publish, Subnet};
+use net::tap::TapName;
 
 /// Lightweight virtual machines that are on the network the moment they boot.
 #[derive(Debug, Parser)]
@@ -39,6 +40,9 @@ pub(crate) enum Command {
     /// Build and list guest images
     #[command(subcommand)]
     Image(ImageCommand),
+    /// The NAT network without a machine
+    #[command(subcommand)]
+    Net(NetCommand),
     /// Run a command on an emulated host with hardware virtualization (needs only QEMU)
     Lab(LabArgs),
     /// Print a shell's completion script
@@ -158,6 +162,58 @@ pub(crate) enum ImageCommand {
         #[arg(long)]
         json: bool,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum NetCommand {
+    /// Serve the NAT network on a TAP, for a container or a network namespace
+    #[command(
+        after_help = "Ends with SIGINT or SIGTERM, or when the TAP is gone. Recipes are in docs/attach.md."
+    )]
+    Attach(AttachArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AttachArgs {
+    /// The TAP as an open descriptor, such as 3; with or without IFF_VNET_HDR
+    #[arg(long, value_name = "NUMBER", conflicts_with_all = ["tap", "pid"], required_unless_present = "tap")]
+    pub(crate) tap_fd: Option<i32>,
+
+    /// The TAP by name; made if it does not exist (takes CAP_NET_ADMIN in its namespace)
+    #[arg(long, value_name = "NAME")]
+    pub(crate) tap: Option<TapName>,
+
+    /// The process in whose network namespace the TAP is
+    #[arg(long, value_name = "PID", requires = "tap")]
+    pub(crate) pid: Option<u32>,
+
+    /// Largest IP packet towards the guest, 576 to 65520; DHCP tells it (option 26)
+    #[arg(long, value_name = "BYTES", default_value_t = 1500)]
+    pub(crate) mtu: u16,
+
+    /// Publish a guest port on this host: [ADDR:]HOSTPORT:GUESTPORT[/udp], on 127.0.0.1 unless ADDR says otherwise
+    #[arg(short = 'p', long = "publish", value_name = "PORT")]
+    pub(crate) publish: Vec<Publish>,
+
+    /// Let the guest reach this host's 127.0.0.1 at the gateway's address
+    #[arg(long)]
+    pub(crate) host_access: bool,
+
+    /// The network's subnet [default: 192.168.122.0/24, or the next one that this host does not route]
+    #[arg(long, value_name = "CIDR")]
+    pub(crate) subnet: Option<Subnet>,
+
+    /// Forward DNS questions to this server instead of the host's resolver
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) dns: Vec<DnsServer>,
+
+    /// Print one line of JSON when the network is up, and one with the counters at its end
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Send the TAP's descriptor through standard input and end
+    #[arg(long, hide = true, requires = "tap")]
+    pub(crate) hand_over: bool,
 }
 
 #[derive(Debug, Args)]

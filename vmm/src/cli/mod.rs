@@ -4,6 +4,7 @@
 //! Nothing here can be done only here: whoever embeds the library has the same calls.
 
 mod args;
+mod attach;
 mod check;
 mod image;
 mod inlab;
@@ -56,6 +57,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Check(args) => check::check(&args),
         Command::Run(args) => run::run(*args),
         Command::Image(command) => image::image(command),
+        Command::Net(command) => attach::net(command),
         Command::Lab(args) => lab::lab(args),
         Command::Completions { shell } => completions(shell),
         Command::Man => man(),

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, anyhow};
 use net::bridge::{self, BridgeError};
-use net::nat::{self, Nat, NatConfig, NatError};
+use net::nat::{self, Nat, NatConfig, NatError, Subnet};
 use net::pcap::{PcapPort, SNAPLEN_ALL};
 use net::tap::{TapError, TapName, TapPort};
 use net::{FramePort, MacAddr};
@@ -79,9 +79,20 @@ fn tap(name: &str) -> Result<TapPort, Failure> {
     })
 }
 
-/// The NAT as the flags describe it, on a subnet that this host does not use for anything else.
+/// The NAT as the flags describe it.
 fn nat(args: &RunArgs) -> Result<Nat, Failure> {
-    let subnet = match args.subnet {
+    let config = NatConfig {
+        publish: args.publish.clone(),
+        host_access: args.host_access,
+        dns: args.dns.iter().map(|server| server.0).collect(),
+        ..NatConfig::default()
+    };
+    make_nat(args.subnet, config)
+}
+
+/// A NAT on `subnet`, or else on one that this host does not use for anything else.
+pub(crate) fn make_nat(subnet: Option<Subnet>, config: NatConfig) -> Result<Nat, Failure> {
+    let subnet = match subnet {
         Some(subnet) => subnet,
         None => {
             let choice = nat::choose(&nat::taken_by_host()).map_err(Failure::usage)?;
@@ -94,14 +105,7 @@ fn nat(args: &RunArgs) -> Result<Nat, Failure> {
             choice.subnet
         }
     };
-    let config = NatConfig {
-        subnet,
-        publish: args.publish.clone(),
-        host_access: args.host_access,
-        dns: args.dns.iter().map(|server| server.0).collect(),
-        ..NatConfig::default()
-    };
-    Nat::new(config).map_err(|error| match error {
+    Nat::new(NatConfig { subnet, ..config }).map_err(|error| match error {
         NatError::System { .. } => Failure::machine(error),
         _ => Failure::usage(error),
     })

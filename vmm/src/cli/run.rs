@@ -17,7 +17,7 @@ use guest_images::{Store, store};
 use serde_json::json;
 use vmm::boot::Kernel;
 use vmm::console::RawMode;
-use vmm::kvm::{Host, KvmKind};
+use vmm::kvm::{Host, KvmKind, VmError};
 use vmm::machine::{BuildError, DEFAULT_CMDLINE, ExitReason, Machine, MachineBuilder, Running};
 
 use super::args::{Accel, RunArgs};
@@ -227,13 +227,14 @@ fn console(builder: MachineBuilder, args: &RunArgs) -> Result<MachineBuilder, Fa
     Ok(builder.serial_input(stdin).console_escape(io::stdin().is_terminal()))
 }
 
-/// A wrong kernel or too much memory is the user's to mend; what KVM or the host refuses is not.
+/// What the user gave or this host lacks is for the user to mend; what goes wrong beyond that is not.
 fn build_failure(error: BuildError) -> Failure {
     match error {
         BuildError::NoKernel
         | BuildError::TooManyDevices { .. }
         | BuildError::Memory(_)
-        | BuildError::Boot(_) => Failure::usage(error),
+        | BuildError::Boot(_)
+        | BuildError::Vm(VmError::Host(_) | VmError::Cpus { .. }) => Failure::usage(error),
         BuildError::Vm(_) | BuildError::Acpi(_) | BuildError::Device { .. } | BuildError::Layout(_) => {
             Failure::machine(error)
         }
