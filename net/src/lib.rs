@@ -3,6 +3,7 @@
 //! The seam is [`FramePort`]; its module says what holds between a NIC and a port. This crate knows nothing of
 //! KVM, virtqueues or guest physical addresses.
 
+pub mod attach;
 pub mod bridge;
 pub mod checksum;
 mod mac;
