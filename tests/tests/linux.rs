@@ -3,9 +3,10 @@
 //!
 //! `scripts/test` builds the image beforehand; without it these tests say so and are skipped.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::path::PathBuf;
-use std::process::Output;
+use std::process::{Command, Output, Stdio};
 
 use guest_images::Store;
 use pontoon_tests::{Pontoon, have_lab, skip};
@@ -142,6 +143,35 @@ fn the_check_passes_on_emulated_amd_v() {
     let line = String::from_utf8_lossy(&output.stdout).into_owned();
     let result: serde_json::Value = serde_json::from_str(line.trim()).expect("--json prints JSON");
     assert_eq!((&result["ok"], &result["kvm"]), (&true.into(), &"AMD-V".into()), "{all}");
+}
+
+#[test]
+fn what_is_piped_in_reaches_the_command_whole() {
+    if !have_image() {
+        return;
+    }
+    let head = ["run", "debian", "--accel", "lab", "--timeout", "120", "--net", "none", "--"];
+    let script = "read first; echo \"[$first]\"; head -n 400 | md5sum; exit 3";
+    let mut pontoon = Pontoon::new(head.iter().chain(&["sh", "-c", script]));
+    let command = pontoon.command().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("pontoon starts");
+    let mut lines = String::from("the first line\n");
+    for n in 0..400 {
+        writeln!(lines, "line {n} of what is piped in").expect("a String takes everything");
+    }
+    // Written at once, long before there is a guest; the pipe stays open, as a terminal's would.
+    let mut stdin = child.stdin.take().expect("it is piped");
+    std::io::Write::write_all(&mut stdin, lines.as_bytes()).expect("pontoon reads");
+    let output = child.wait_with_output().expect("pontoon ends");
+    drop(stdin);
+    let all = text(&output);
+    assert_eq!(output.status.code(), Some(3), "{all}");
+    let expected = Command::new("sh")
+        .args(["-c", &format!("printf %s '{}' | tail -n 400 | md5sum", lines)])
+        .output()
+        .expect("md5sum is installed");
+    assert!(all.contains("[the first line]"), "{all}");
+    assert!(all.contains(String::from_utf8_lossy(&expected.stdout).trim()), "{all}");
 }
 
 /// The test binary `name` that was built beside this one; the newest, if older builds are still about.

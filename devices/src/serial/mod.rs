@@ -10,6 +10,9 @@
 //! the FIFO. So an event loop stops polling its terminal at a short count and resumes on `room`; no byte is lost
 //! however slowly the guest reads.
 //!
+//! A driver that takes the UART over empties its FIFO first, and a terminal in its first mode echoes and edits what comes
+//! before somebody has changed that. So [`Serial::hold_input`] keeps input back until the guest is ready: see [`Hold`].
+//!
 //! All registers are one byte; a wider access touches only the first.
 
 use std::io::{self, Write};
@@ -43,8 +46,29 @@ pub const STALL_WAIT: Duration = Duration::from_millis(100);
 /// How long a dropped [`Serial`] waits for its sink to take what is left.
 pub const CLOSE_WAIT: Duration = Duration::from_secs(1);
 
-/// Modem control register: loopback.
+/// Interrupt enable register, or the divisor's upper half while the divisor latch is open.
+const IER_OFFSET: u8 = 1;
+/// Of the IER: received data.
+const IER_RECEIVED: u8 = 1;
+/// Line control register.
+const LCR_OFFSET: u8 = 3;
+/// Of the LCR: the divisor latch is open.
+const LCR_DIVISOR_LATCH: u8 = 0x80;
+/// Modem control register: loopback, and the outputs.
 const MCR_OFFSET: u8 = 4;
+/// Of the MCR: the user-designated output 1, which leads nowhere on a PC.
+const MCR_OUT1: u8 = 4;
+
+/// Until when input is held back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hold {
+    /// Until the guest enables the receive interrupt, as every driver does that has taken the UART over. A guest that
+    /// polls never does.
+    Interrupt,
+    /// Until the guest sets OUT1 (`ioctl(fd, TIOCMBIS, TIOCM_OUT1)`), as the init of our images does once the console is
+    /// in the mode that its command is to find.
+    Out1,
+}
 
 struct Line(Arc<dyn IrqLine>);
 
@@ -79,6 +103,8 @@ impl SerialEvents for Room {
 /// A UART. See the module's documentation.
 pub struct Serial {
     uart: vm_superio::Serial<Line, Room, Output>,
+    held: Option<Hold>,
+    divisor_latch: bool,
 }
 
 impl Serial {
@@ -89,20 +115,45 @@ impl Serial {
     pub fn new(irq: Arc<dyn IrqLine>, sink: Box<dyn Write + Send>) -> io::Result<Self> {
         let room = Room(EventFd::new(EFD_NONBLOCK)?);
         let output = Output::new(sink)?;
-        Ok(Self { uart: vm_superio::Serial::with_events(Line(irq), room, output) })
+        let uart = vm_superio::Serial::with_events(Line(irq), room, output);
+        Ok(Self { uart, held: None, divisor_latch: false })
+    }
+
+    /// Takes no input until the guest is ready; [`Self::room`] then becomes readable.
+    pub fn hold_input(&mut self, until: Hold) {
+        self.held = Some(until);
+    }
+
+    /// Notes what decides about held input.
+    fn watch(&mut self, offset: u8, value: u8) {
+        if offset == LCR_OFFSET {
+            self.divisor_latch = value & LCR_DIVISOR_LATCH != 0;
+        }
+        let ready = match self.held {
+            None => false,
+            Some(Hold::Interrupt) => offset == IER_OFFSET && !self.divisor_latch && value & IER_RECEIVED != 0,
+            Some(Hold::Out1) => offset == MCR_OFFSET && value & MCR_OUT1 != 0,
+        };
+        if ready {
+            self.held = None;
+            self.uart.events().announce();
+        }
     }
 
     /// Passes `bytes` to the guest and says how many were taken; the caller offers the others again after
     /// [`Self::room`] has become readable.
     #[must_use = "bytes that were not taken must be offered again"]
     pub fn input(&mut self, bytes: &[u8]) -> usize {
+        if self.held.is_some() {
+            return 0;
+        }
         // FullFifo is the only error, as raising our interrupt can't fail.
         self.uart.enqueue_raw_bytes(bytes).unwrap_or(0)
     }
 
     /// Bytes that [`Self::input`] would take now.
     pub fn input_room(&self) -> usize {
-        self.uart.fifo_capacity()
+        if self.held.is_some() { 0 } else { self.uart.fifo_capacity() }
     }
 
     /// Becomes readable each time the guest has emptied its input FIFO. Non-blocking; read it to clear it.
@@ -133,6 +184,7 @@ impl BusDevice for Serial {
         let (offset, value) = (u8::try_from(offset).ok()?, *data.first()?);
         // Neither our line nor our output ever fails, so there is no error to report.
         let _ = self.uart.write(offset, value);
+        self.watch(offset, value);
         if offset == MCR_OFFSET && self.input_room() > 0 {
             // In loopback no input is taken, whatever the room: whoever waits may try again.
             self.uart.events().announce();

@@ -154,3 +154,32 @@ fn leaving_loopback_announces_room() {
     assert!(serial.room().read().is_ok());
     assert_eq!(serial.input(b"x"), 1);
 }
+
+#[test]
+fn held_input_waits_for_the_receive_interrupt_and_not_for_a_divisor() {
+    let (mut serial, _go, _taken) = gated();
+    serial.hold_input(Hold::Interrupt);
+    assert_eq!((serial.input(b"hello"), serial.input_room()), (0, 0));
+    // With the divisor latch open, register 1 is half of a divisor.
+    put(&mut serial, 3, 0x80);
+    put(&mut serial, 1, 1);
+    assert_eq!(serial.input(b"hello"), 0);
+    put(&mut serial, 3, 0x03);
+    assert!(serial.room().read().is_err(), "nothing has changed yet");
+    put(&mut serial, 1, 1);
+    assert!(serial.room().read().is_ok(), "whoever waits is told");
+    assert_eq!(serial.input(b"hello"), 5);
+    assert_eq!(get(&mut serial, 0), b'h');
+}
+
+#[test]
+fn input_held_for_out1_waits_for_it() {
+    let (mut serial, _go, _taken) = gated();
+    serial.hold_input(Hold::Out1);
+    put(&mut serial, 1, 1);
+    put(&mut serial, 4, 0x0b);
+    assert_eq!(serial.input(b"hello"), 0);
+    put(&mut serial, 4, 0x0f);
+    assert!(serial.room().read().is_ok(), "whoever waits is told");
+    assert_eq!(serial.input(b"hello"), 5);
+}

@@ -47,6 +47,8 @@ pub(crate) fn prepare(mode: Mode) {
     if let Err(error) = done {
         say(format_args!("the console stays a terminal: {error}"));
     }
+    // Pontoon holds what is piped in until then. Another console (a hypervisor's, a real one) knows no such line.
+    let _ = sys::set_out1(std::io::stdin().as_fd());
 }
 
 /// Waits until everything that was written has left the machine.

@@ -98,6 +98,14 @@ pub(crate) fn set_raw(terminal: BorrowedFd<'_>) -> io::Result<()> {
     }
 }
 
+/// Sets the UART's user-designated output 1: the sign for the machine that input may come now.
+pub(crate) fn set_out1(terminal: BorrowedFd<'_>) -> io::Result<()> {
+    // TIOCM_OUT1 of linux/tty.h (asm-generic/termios.h), which the libc crate does not name for this target.
+    let bits: libc::c_int = 0x2000;
+    // SAFETY: TIOCMBIS reads the one int that it is given the address of.
+    check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCMBIS, &raw const bits) })
+}
+
 /// Waits until the terminal has sent everything.
 pub(crate) fn drain(terminal: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: takes a number only.

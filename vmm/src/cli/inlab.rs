@@ -118,6 +118,9 @@ fn words(args: &RunArgs, boot: &Boot, run: &mut Run) {
             run.get.push((inside, outside.clone()));
         }
     }
+    if args.image.is_some() && matches!(boot, Boot::Linux { .. }) {
+        words.0.push("--our-init".into());
+    }
     if args.json {
         words.0.push("--json".into());
     }

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
+use devices::serial::Hold;
 use guest_images::initrd::{self, Console, Request};
 use guest_images::{Store, store};
 use serde_json::json;
@@ -111,7 +112,7 @@ fn run_here(args: &RunArgs, boot: &Boot) -> Result<u8, Failure> {
     if let Some(nic) = plugged.nic {
         builder = builder.nic(nic);
     }
-    let machine = console(builder, args)?.build().map_err(build_failure)?;
+    let machine = console(builder, args, boot)?.build().map_err(build_failure)?;
     let signals = Signals::catch().context("catching signals").map_err(Failure::machine)?;
     // From here on the terminal is raw, so that ctrl-C is the guest's; the guard gives it back.
     let raw = if terminal {
@@ -212,7 +213,7 @@ fn initrd_with_request(args: &RunArgs, path: &PathBuf, terminal: bool) -> Result
     Ok(Kernel::Bytes(Cow::Owned(whole)))
 }
 
-fn console(builder: MachineBuilder, args: &RunArgs) -> Result<MachineBuilder, Failure> {
+fn console(builder: MachineBuilder, args: &RunArgs, boot: &Boot) -> Result<MachineBuilder, Failure> {
     let builder = match &args.console {
         Some(path) => {
             let file = File::create(path)
@@ -224,7 +225,16 @@ fn console(builder: MachineBuilder, args: &RunArgs) -> Result<MachineBuilder, Fa
     };
     let stdin =
         io::stdin().as_fd().try_clone_to_owned().context("using standard input").map_err(Failure::machine)?;
-    Ok(builder.serial_input(stdin).console_escape(io::stdin().is_terminal()))
+    let builder = builder.serial_input(stdin);
+    // A person types again, and wants the escape at any time; a pipe's bytes come once.
+    Ok(match boot {
+        _ if io::stdin().is_terminal() => builder.console_escape(true),
+        Boot::Probe => builder,
+        Boot::Linux { .. } if args.our_init || args.image.is_some() || !args.command.is_empty() => {
+            builder.hold_input(Hold::Out1)
+        }
+        Boot::Linux { .. } => builder.hold_input(Hold::Interrupt),
+    })
 }
 
 /// What the user gave or this host lacks is for the user to mend; what goes wrong beyond that is not.

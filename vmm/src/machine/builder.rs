@@ -3,9 +3,10 @@
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::thread;
 
+use devices::serial::Hold;
 use devices::virtio::VirtioDevice;
 use devices::virtio::net::Net;
 use devices::virtio::rng::Rng;
@@ -54,6 +55,7 @@ pub struct MachineBuilder {
     serial_output: Box<dyn Write + Send>,
     serial_input: Option<OwnedFd>,
     escape: bool,
+    hold: Option<Hold>,
 }
 
 impl MachineBuilder {
@@ -71,6 +73,7 @@ impl MachineBuilder {
             serial_output: Box::new(io::sink()),
             serial_input: None,
             escape: false,
+            hold: None,
         }
     }
 
@@ -158,6 +161,14 @@ impl MachineBuilder {
         self
     }
 
+    /// Holds serial input back until the guest is ready for it, so that bytes from a pipe are not lost to a driver that
+    /// starts, nor echoed by a terminal that nobody has set up. Not unless said so; not for a guest that polls.
+    #[must_use]
+    pub fn hold_input(mut self, until: Hold) -> Self {
+        self.hold = Some(until);
+        self
+    }
+
     /// Whether the escape of [`crate::console`] in the serial input stops the machine. Not unless said so.
     #[must_use]
     pub fn console_escape(mut self, escape: bool) -> Self {
@@ -196,6 +207,9 @@ impl MachineBuilder {
                 move || end.now(ExitReason::Stopped)
             });
             let serial = Arc::clone(&hardware.serial);
+            if let Some(hold) = self.hold {
+                serial.lock().unwrap_or_else(PoisonError::into_inner).hold_input(hold);
+            }
             workers.push(Box::new(SerialInput::new(source, serial, self.escape, quit)));
         }
         let supported = cpuid::supported(vm.kvm())?;
