@@ -1,4 +1,18 @@
 //! Pontoon: a small KVM virtual machine monitor whose guests are on the network the moment they boot.
+//!
+//! The `pontoon` command uses nothing that an embedder can't:
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`machine`] | [`Machine::builder`](machine::Machine::builder), a running machine, why it ended: begin here |
+//! | [`kvm`] | what this host's KVM is, and the virtual machine behind a machine |
+//! | [`boot`], [`acpi`], [`cpuid`], [`layout`], [`memory`] | what a kernel finds when it starts |
+//! | [`console`] | a terminal in raw mode, its escape, serial input |
+//! | [`lab`] | an emulated host with AMD-V, for hosts that have none |
+//! | [`world`] | echo and DNS servers on loopback, for guests that are to prove something |
+//!
+//! Networks are the crate `net`: a NIC is plugged into any [`net::FramePort`], such as [`net::nat::Nat`] or
+//! [`net::tap::TapPort`].
 
 pub mod acpi;
 pub mod boot;
