@@ -17,8 +17,9 @@
 //! [`Sent::Full`]. Nothing more is received for that direction until the port has taken it. Memory: one buffer of
 //! [`MAX_FRAME`] bytes for each direction, through which frames are copied once; a machine's NIC does without that copy.
 //!
-//! **The end.** The caller's `stop` descriptor became readable, or the guest's port reports an error and its
-//! link is down: somebody deleted the TAP, or its namespace is gone. An interface that is only down is waited for.
+//! **The end.** One of the caller's `stops` became readable (signals, a pidfd), or the guest's port reports an error
+//! and its link is down: somebody deleted the TAP. An interface that is only down is waited for. A TAP's descriptor
+//! keeps the namespace alive that it was opened in, so that the end of the last process there deletes nothing.
 
 mod sys;
 
@@ -33,8 +34,8 @@ use crate::{FramePort, Lent, MAX_FRAME, Received, RxRing, Sent, TxFrame, VnetHdr
 /// Why [`run`] returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// The caller's descriptor became readable.
-    Stopped,
+    /// This one of the caller's descriptors became readable.
+    Stopped(usize),
     /// The guest's port is gone for good.
     GuestGone,
 }
@@ -55,29 +56,30 @@ pub enum AttachError {
     Wait(io::Error),
 }
 
-/// Passes frames between `guest` and `network` until `stop` is readable or the guest's port is gone.
+/// Passes frames between `guest` and `network` until one of `stops` is readable or the guest's port is gone.
 ///
-/// The calling thread does all the work and sleeps while there is none.
+/// What has arrived by then is passed on. The calling thread does all the work and sleeps while there is none.
 ///
 /// # Errors
 /// See [`AttachError`].
 pub fn run(
     guest: &mut dyn FramePort,
     network: &mut dyn FramePort,
-    stop: BorrowedFd<'_>,
+    stops: &[BorrowedFd<'_>],
 ) -> Result<Ended, AttachError> {
     agree(guest, network)?;
     let (mut above, mut below) = (vec![0; MAX_FRAME], vec![0; MAX_FRAME]);
     let mut up = Lane::new(&mut above);
     let mut down = Lane::new(&mut below);
     loop {
-        let wants = [interest(&up, &down), interest(&down, &up), sys::INPUT];
-        let ready = sys::wait([guest.as_fd(), network.as_fd(), stop], wants).map_err(AttachError::Wait)?;
+        let ports = [(guest.as_fd(), interest(&up, &down)), (network.as_fd(), interest(&down, &up))];
+        let fds: Vec<_> = ports.into_iter().chain(stops.iter().map(|fd| (*fd, sys::INPUT))).collect();
+        let ready = sys::wait(&fds).map_err(AttachError::Wait)?;
         // In this order: the network may answer on the spot, without an event of its descriptor. A TAP never does.
         up.pass(guest, network);
         down.pass(network, guest);
-        if ready[2] != 0 {
-            return Ok(Ended::Stopped);
+        if let Some(which) = ready[2..].iter().position(|events| *events != 0) {
+            return Ok(Ended::Stopped(which));
         }
         if ready[0] & sys::BROKEN != 0 && !guest.link_up() {
             return Ok(Ended::GuestGone);

@@ -27,19 +27,21 @@ pub fn inherited_fd(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(own) })
 }
 
-/// Waits until one of `fds` has one of the events that it `wants`, or is broken. Says what each has.
+/// Waits until one of `fds` has one of the events that it wants, or is broken. Says what each has, in order.
 ///
 /// # Errors
 /// As poll(2) has; a signal only ends the wait.
-pub(super) fn wait<const N: usize>(fds: [BorrowedFd<'_>; N], wants: [i16; N]) -> io::Result<[i16; N]> {
-    let mut polls: [libc::pollfd; N] =
-        std::array::from_fn(|at| libc::pollfd { fd: fds[at].as_raw_fd(), events: wants[at], revents: 0 });
-    // SAFETY: the array has N elements and lives through the call.
-    if unsafe { libc::poll(polls.as_mut_ptr(), N as libc::nfds_t, -1) } < 0 {
+pub(super) fn wait(fds: &[(BorrowedFd<'_>, i16)]) -> io::Result<Vec<i16>> {
+    let mut polls: Vec<libc::pollfd> = fds
+        .iter()
+        .map(|(fd, events)| libc::pollfd { fd: fd.as_raw_fd(), events: *events, revents: 0 })
+        .collect();
+    // SAFETY: the pointer and the length are those of `polls`, which lives through the call.
+    if unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, -1) } < 0 {
         let error = io::Error::last_os_error();
         if error.kind() != io::ErrorKind::Interrupted {
             return Err(error);
         }
     }
-    Ok(polls.map(|poll| poll.revents))
+    Ok(polls.iter().map(|poll| poll.revents).collect())
 }

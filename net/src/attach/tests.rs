@@ -87,11 +87,12 @@ fn a_full_side_holds_the_other_one_back_and_nothing_is_lost() {
 #[test]
 fn the_callers_descriptor_stops_it_after_what_was_there_has_crossed() {
     let mut pair = Pair::new();
+    let (silent, _other) = UnixStream::pair().unwrap();
     let (stop, mut stopper) = UnixStream::pair().unwrap();
     std::io::Write::write_all(&mut stopper, &[0]).unwrap();
     pair.at_guest.deliver(&FRAME);
-    let ended = run(&mut pair.guest, &mut pair.network, stop.as_fd()).unwrap();
-    assert_eq!(ended, Ended::Stopped);
+    let ended = run(&mut pair.guest, &mut pair.network, &[silent.as_fd(), stop.as_fd()]).unwrap();
+    assert_eq!(ended, Ended::Stopped(1));
     assert_eq!(pair.at_network.take_sent().len(), 1);
 }
 

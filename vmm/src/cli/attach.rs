@@ -2,7 +2,8 @@
 //!
 //! The TAP is a descriptor that somebody opened for us, or an interface of this network namespace, or of that of
 //! another process (`--pid`). For the last, a child enters that process's namespaces, opens the TAP there, and passes
-//! the descriptor back ([`hand_over`]); we stay where we are, so that the sockets are the host's.
+//! the descriptor back ([`hand_over`]); we stay where we are, so that the sockets are
+//! the host's. Then the network ends with that process.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -19,6 +20,7 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, recvmsg, sendmsg,
 };
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::args::{AttachArgs, NetCommand};
@@ -33,12 +35,16 @@ pub(crate) fn net(command: NetCommand) -> Result<u8, Failure> {
 
 fn attach(args: &AttachArgs) -> Result<u8, Failure> {
     let stop = catch_signals().context("catching signals").map_err(Failure::machine)?;
+    // The TAP's descriptor would keep the process's namespace alive for ever.
+    let process = args.pid.map(watch).transpose()?;
     let mut tap = tap(args)?;
     let mut nat = nat(args)?;
     announce(args, &tap, &mut nat);
-    let ended = attach::run(&mut tap, &mut nat, stop.as_fd()).map_err(Failure::machine)?;
-    if ended == Ended::GuestGone {
-        output::note(&format!("{} is gone, and so is its network", tap.name()));
+    let stops: Vec<_> = [stop.as_fd()].into_iter().chain(process.as_ref().map(AsFd::as_fd)).collect();
+    let ended = attach::run(&mut tap, &mut nat, &stops).map_err(Failure::machine)?;
+    match ended {
+        Ended::GuestGone => output::note(&format!("{} is gone, and so is its network", tap.name())),
+        Ended::Stopped(_) => tracing::info!("stopped"),
     }
     if args.json {
         let counters = nat.counters();
@@ -59,6 +65,16 @@ fn catch_signals() -> io::Result<UnixStream> {
         signal_hook::low_level::pipe::register(signal, handlers.try_clone()?)?;
     }
     Ok(ours)
+}
+
+/// A descriptor that becomes readable when process `pid` has ended.
+fn watch(pid: u32) -> Result<OwnedFd, Failure> {
+    let known = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    known
+        .ok_or(rustix::io::Errno::SRCH)
+        .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()))
+        .with_context(|| format!("--pid {pid}: looking for that process"))
+        .map_err(Failure::usage)
 }
 
 fn tap(args: &AttachArgs) -> Result<TapPort, Failure> {
