@@ -131,7 +131,7 @@ impl Attached {
     fn line(&mut self) -> Value {
         let mut line = String::new();
         self.out.read_line(&mut line).expect("it writes text");
-        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error} in '{line}'"))
+        serde_json::from_str(&line).expect("a line of JSON")
     }
 
     /// Ends it in order; what it said at its end.
