@@ -8,7 +8,8 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
-use guest_images::Store;
+use guest_images::deb::Suite;
+use guest_images::{BuildOptions, Store};
 use pontoon_tests::{Pontoon, have_lab, skip};
 
 fn have_image() -> bool {
@@ -86,6 +87,28 @@ fn a_kernel_and_initrd_of_the_users_own_work_the_same() {
     assert_eq!(output.status.code(), Some(0), "{}", text(&output));
     let said = std::fs::read_to_string(&console).expect("the console was carried out");
     assert!(said.contains("it's vm1 & done"), "{said}");
+}
+
+#[test]
+fn debian_13s_kernel_boots_as_debian_12s_does() {
+    if !have_lab() {
+        return;
+    }
+    // In a store of its own: the user's image stays what it is.
+    let store = Store::open(&guest_images::cache_dir().expect("HOME is set").join("tests-trixie"));
+    let options = BuildOptions { suite: Some(Suite::Trixie), ..BuildOptions::default() };
+    let image = match store.build("debian", &options, &mut guest_images::Silent) {
+        Ok(image) => image,
+        Err(error) => return skip(&format!("no image of Debian 13: {error}")),
+    };
+    let words = ["run", "--accel", "lab", "--timeout", "120", "--kernel"].map(Into::into);
+    let mut args: Vec<std::ffi::OsString> = words.to_vec();
+    args.extend([image.kernel.into(), "--initrd".into(), image.initrd.into(), "--".into()]);
+    args.extend(["sh", "-c", "uname -r; ping -c 2 192.168.122.1; exit 9"].map(Into::into));
+    let output = Pontoon::new(args).output();
+    let all = text(&output);
+    assert_eq!(output.status.code(), Some(9), "{all}");
+    assert!(all.contains("6.12.") && all.contains("2 packets received"), "{all}");
 }
 
 #[test]
