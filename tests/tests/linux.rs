@@ -99,7 +99,7 @@ fn debian_13s_kernel_boots_as_debian_12s_does() {
     let options = BuildOptions { suite: Some(Suite::Trixie), ..BuildOptions::default() };
     let image = match store.build("debian", &options, &mut guest_images::Silent) {
         Ok(image) => image,
-        Err(error) => return skip(&format!("no image of Debian 13: {error}")),
+        Err(error) => return skip(format_args!("no image of Debian 13: {error}")),
     };
     let words = ["run", "--accel", "lab", "--timeout", "120", "--kernel"].map(Into::into);
     let mut args: Vec<std::ffi::OsString> = words.to_vec();
