@@ -164,6 +164,10 @@ fn completions_and_the_manual_are_made_from_the_same_definitions() {
     }
     let manual = run(&["man"]);
     assert!(String::from_utf8_lossy(&manual.stdout).contains("host\\-access"));
+    assert!(
+        String::from_utf8_lossy(&manual.stdout).contains("tap\\-fd"),
+        "the commands of commands are in it, too"
+    );
 }
 
 #[test]

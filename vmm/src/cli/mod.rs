@@ -101,19 +101,20 @@ fn completions(shell: clap_complete::Shell) -> Result<u8, Failure> {
 
 fn man() -> Result<u8, Failure> {
     let mut page = Vec::new();
-    let root = Cli::command();
-    clap_mangen::Man::new(root.clone())
-        .render(&mut page)
+    render(&Cli::command().display_name("pontoon"), "pontoon", &mut page)
         .context("writing the manual")
         .map_err(Failure::machine)?;
-    for sub in root.get_subcommands() {
-        let name = format!("pontoon-{}", sub.get_name());
-        clap_mangen::Man::new(sub.clone().display_name(name.clone()).bin_name(name))
-            .render(&mut page)
-            .context("writing the manual")
-            .map_err(Failure::machine)?;
-    }
     print_all(&page)
+}
+
+/// The manual of a command, and of those below it.
+fn render(command: &clap::Command, name: &str, page: &mut Vec<u8>) -> std::io::Result<()> {
+    clap_mangen::Man::new(command.clone()).render(page)?;
+    for sub in command.get_subcommands() {
+        let below = format!("{name}-{}", sub.get_name());
+        render(&sub.clone().display_name(below.clone()).bin_name(below.clone()), &below, page)?;
+    }
+    Ok(())
 }
 
 fn print_all(bytes: &[u8]) -> Result<u8, Failure> {
