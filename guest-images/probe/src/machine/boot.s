@@ -71,6 +71,7 @@ service:
 1:  cmp %rdi, probe_interrupts(%rip)
     jne 2f
     sti
+sleep_hlt:
     hlt
 2:  iretq
 3:  cmp $2, %eax
@@ -80,8 +81,14 @@ service:
 4:  lidt no_idt(%rip)
     ud2
 
+# An interrupt must not come between sti and hlt, and where the CPU keeps its word none does. An emulated one may lose the
+# shadow of sti over an exit; the hlt that would then sleep through what has just come is stepped over.
 interrupt:
     push %rax
+    cmpq $sleep_hlt, 8(%rsp)
+    jne 1f
+    incq 8(%rsp)
+1:
     incq probe_interrupts(%rip)
     mov $LAPIC_EOI, %eax
     movl $0, (%rax)
