@@ -54,7 +54,7 @@ fn a_stock_kernel_loads_its_modules_gets_a_lease_and_returns_the_commands_status
 }
 
 #[test]
-fn several_cpus_and_memory_above_the_hole_are_seen_by_the_guest() {
+fn several_cpus_and_no_nic_are_what_the_guest_sees() {
     if !have_image() {
         return;
     }

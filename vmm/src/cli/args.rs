@@ -139,7 +139,7 @@ pub(crate) struct RunArgs {
     #[arg(long, hide = true)]
     pub(crate) our_init: bool,
 
-    /// Print, after the guest's console, one line of JSON: exit reason, lease, counters
+    /// Print, after the guest's console, one line of JSON: exit status, network, MAC address, subnet
     #[arg(long)]
     pub(crate) json: bool,
 }
