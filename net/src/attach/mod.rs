@@ -22,13 +22,16 @@
 //! keeps the namespace alive that it was opened in, so that the end of the last process there deletes nothing.
 
 mod sys;
+mod wait;
 
 use std::io;
 use std::os::fd::BorrowedFd;
 
+use rustix::event::epoll::EventFlags;
 use vm_memory::VolatileSlice;
 
 pub use self::sys::inherited_fd;
+use self::wait::Waiter;
 use crate::{FramePort, Lent, MAX_FRAME, Received, RxRing, Sent, TxFrame, VnetHdr};
 
 /// Why [`run`] returned.
@@ -71,17 +74,17 @@ pub fn run(
     let (mut above, mut below) = (vec![0; MAX_FRAME], vec![0; MAX_FRAME]);
     let mut up = Lane::new(&mut above);
     let mut down = Lane::new(&mut below);
+    let mut waiter = Waiter::new([guest.as_fd(), network.as_fd()], stops).map_err(AttachError::Wait)?;
     loop {
-        let ports = [(guest.as_fd(), interest(&up, &down)), (network.as_fd(), interest(&down, &up))];
-        let fds: Vec<_> = ports.into_iter().chain(stops.iter().map(|fd| (*fd, sys::INPUT))).collect();
-        let ready = sys::wait(&fds).map_err(AttachError::Wait)?;
+        let wanted = [interest(&up, &down), interest(&down, &up)];
+        let ready = waiter.wait([guest.as_fd(), network.as_fd()], wanted).map_err(AttachError::Wait)?;
         // In this order: the network may answer on the spot, without an event of its descriptor. A TAP never does.
         up.pass(guest, network);
         down.pass(network, guest);
-        if let Some(which) = ready[2..].iter().position(|events| *events != 0) {
+        if let Some(which) = ready.stopped {
             return Ok(Ended::Stopped(which));
         }
-        if ready[0] & sys::BROKEN != 0 && !guest.link_up() {
+        if ready.broken && !guest.link_up() {
             return Ok(Ended::GuestGone);
         }
     }
@@ -94,10 +97,11 @@ fn agree(guest: &mut dyn FramePort, network: &mut dyn FramePort) -> Result<(), A
 }
 
 /// What to wait for at a port that `from` receives from and `to` sends to.
-fn interest(from: &Lane<'_>, to: &Lane<'_>) -> i16 {
-    let input = if from.held.is_none() { sys::INPUT } else { 0 };
-    let output = if to.held.is_some() { sys::OUTPUT } else { 0 };
-    input | output
+fn interest(from: &Lane<'_>, to: &Lane<'_>) -> EventFlags {
+    let mut wanted = EventFlags::empty();
+    wanted.set(wait::INPUT, from.held.is_none());
+    wanted.set(wait::OUTPUT, to.held.is_some());
+    wanted
 }
 
 /// One direction: its buffer, and the frame in it that could not be sent yet.
