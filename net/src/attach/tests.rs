@@ -72,8 +72,8 @@ fn a_full_side_holds_the_other_one_back_and_nothing_is_lost() {
     pair.turn(&mut up, &mut down);
     pair.turn(&mut up, &mut down);
     assert_eq!(pair.at_network.pending(), 4, "one frame is held, the others are left where they are");
-    assert_eq!(interest(&up, &down), sys::INPUT | sys::OUTPUT, "at the guest");
-    assert_eq!(interest(&down, &up), 0, "at the network");
+    assert_eq!(interest(&up, &down), wait::INPUT | wait::OUTPUT, "at the guest");
+    assert_eq!(interest(&down, &up), EventFlags::empty(), "at the network");
     // The other direction goes on.
     pair.at_guest.deliver(&FRAME);
     pair.turn(&mut up, &mut down);
