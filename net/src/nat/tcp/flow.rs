@@ -13,13 +13,17 @@
 //!                        └ offset 0 of the socket's receive buffer
 //! ```
 //!
-//! `snd_nxt` is behind `snd_max` only while something is sent again. `fin` is the sequence number of our FIN once the
+//! `snd_nxt` is behind `snd_max` only while everything is sent again ([`super::recovery`]). `fin` is the sequence number of our FIN once the
 //! socket's end was seen.
 
 use std::time::{Duration, Instant};
 
+use super::options::STAMP_LEN;
+use super::recovery::Recovery;
 use super::rto::Rto;
-use super::segment::{Flags, Header, Segment, before};
+use super::sack::Scoreboard;
+use super::segment::{Flags, HEADERS, Header, Segment, before};
+use super::stamps::Stamps;
 use super::state::State;
 use super::table::Key;
 use crate::nat::cx::Cx;
@@ -39,8 +43,6 @@ const SYN_ATTEMPTS: u8 = 4;
 const ATTEMPTS: u8 = 12;
 /// Between probes of an idle guest (RFC 9293 §3.8.4).
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(75);
-/// Congestion window that never limits: there is no network between the guest and us until something is lost.
-const UNLIMITED: u32 = u32::MAX / 2;
 
 bitflags::bitflags! {
     /// What is to be remembered about a flow between calls.
@@ -62,12 +64,16 @@ bitflags::bitflags! {
         const REFUSED = 64;
         /// The socket's buffer is nearly full; its event was asked for.
         const WAIT_WRITE = 128;
-        /// Something was lost on the way to the guest; until `recover` is acknowledged.
+        /// Something was lost on the way to the guest.
         const RECOVERING = 256;
         /// The guest agreed to window scales.
         const SCALED = 512;
         /// The guest has had no answer to its SYN.
         const SILENT = 1024;
+        /// The guest agreed to SACK.
+        const SACK = 2048;
+        /// Only holes are sent again.
+        const SELECTIVE = 4096;
     }
 }
 
@@ -93,9 +99,9 @@ pub(super) struct Flow {
     pub(super) end: Option<End>,
     /// ACKs to be sent; more than one only to make a guest count duplicates.
     pub(super) acks: u8,
-    pub(super) dup_acks: u8,
     pub(super) attempts: u8,
     pub(super) guest_shift: u8,
+    /// Data of one segment at most: what the guest takes, less our timestamp.
     pub(super) mss: u16,
 
     pub(super) rcv_nxt: u32,
@@ -111,9 +117,11 @@ pub(super) struct Flow {
     pub(super) snd_wl2: u32,
     pub(super) undiscarded: u32,
     pub(super) fin: Option<u32>,
-    pub(super) cwnd: u32,
-    pub(super) recover: u32,
+    /// What the guest has behind `snd_una`.
+    pub(super) sacked: Scoreboard,
+    pub(super) recovery: Recovery,
 
+    pub(super) stamps: Stamps,
     pub(super) rto: Rto,
     pub(super) rto_at: Option<Instant>,
     /// When the guest was last heard of.
@@ -128,7 +136,7 @@ impl Flow {
         key: Key,
         token: Token,
         sock: SockId,
-        iss: u32,
+        (iss, stamps): (u32, Stamps),
         syn: Option<&Segment>,
         cx: &Cx<'_>,
     ) -> Self {
@@ -140,7 +148,6 @@ impl Flow {
             marks: Marks::empty(),
             end: None,
             acks: 0,
-            dup_acks: 0,
             attempts: 0,
             guest_shift: 0,
             mss: DEFAULT_MSS,
@@ -155,8 +162,9 @@ impl Flow {
             snd_wl2: 0,
             undiscarded: 0,
             fin: None,
-            cwnd: UNLIMITED,
-            recover: iss,
+            sacked: Scoreboard::default(),
+            recovery: Recovery::new(iss),
+            stamps,
             rto: Rto::new(),
             rto_at: None,
             heard: cx.now,
@@ -177,10 +185,18 @@ impl Flow {
         self.rcv_nxt = syn.seq.wrapping_add(1);
         self.rcv_edge = self.rcv_nxt;
         let largest = cx.config.mtu.saturating_sub(40);
-        self.mss = syn.mss.unwrap_or(DEFAULT_MSS).clamp(MIN_MSS, largest);
-        if let Some(shift) = syn.shift {
+        let said = &syn.options;
+        self.mss = said.mss.unwrap_or(DEFAULT_MSS).clamp(MIN_MSS, largest);
+        if let Some(shift) = said.shift {
             self.marks |= Marks::SCALED;
             self.guest_shift = shift;
+        }
+        self.marks.set(Marks::SACK, said.sack_permitted);
+        if let Some(stamp) = said.stamp {
+            self.stamps.agree(stamp, self.rcv_nxt);
+            self.rto.use_stamps();
+            // An MSS does not count options (RFC 6691 §2).
+            self.mss -= STAMP_LEN as u16;
         }
         // The window of a SYN is never scaled (RFC 7323 §2.2).
         self.snd_wnd = u32::from(syn.window);
@@ -201,7 +217,8 @@ impl Flow {
 
     /// Bytes that may be sent now.
     pub(super) fn room(&self) -> u32 {
-        self.snd_wnd.min(self.cwnd).saturating_sub(self.in_flight())
+        let path = self.recovery.cwnd.saturating_sub(self.pipe());
+        self.snd_wnd.saturating_sub(self.in_flight()).min(path)
     }
 
     /// Whether there is something for the guest in the socket, as far as we know.
@@ -223,6 +240,7 @@ impl Flow {
             || self.marks.intersects(Marks::SYN | Marks::PROBE | Marks::DEAD)
             || self.has_data() && (self.room() > 0 || self.fin == Some(self.snd_nxt))
             || self.undiscarded > 0
+            || self.state.world_may_send() && self.hole().is_some()
             || self.state == State::TimeWait
     }
 
@@ -269,10 +287,7 @@ impl Flow {
             }
             _ if self.snd_una != self.snd_max && self.snd_wnd > 0 => {
                 tracing::trace!(guest = %self.key.guest, una = self.snd_una, "TCP: sending again");
-                self.snd_nxt = self.snd_una;
-                self.cwnd = u32::from(self.mss);
-                self.recover = self.snd_max;
-                self.marks |= Marks::RECOVERING;
+                self.time_out();
                 self.give_up_after(ATTEMPTS);
             }
             _ => {
@@ -326,8 +341,13 @@ impl Flow {
         if self.marks.contains(Marks::SCALED) && self.state.is_synchronized() { SHIFT } else { 0 }
     }
 
-    /// The header of a segment at `seq`.
-    pub(super) fn header(&self, seq: u32, flags: Flags, window: u16) -> Header {
+    /// Bytes of the headers of a frame with data.
+    pub(super) fn headers(&self) -> usize {
+        if self.stamps.agreed() { HEADERS + STAMP_LEN } else { HEADERS }
+    }
+
+    /// The header of a segment at `seq`, sent `now`.
+    pub(super) fn header(&self, seq: u32, flags: Flags, window: u16, now: Instant) -> Header {
         Header {
             guest: self.key.guest,
             world: self.key.world,
@@ -335,13 +355,15 @@ impl Flow {
             ack: self.rcv_nxt,
             flags: flags | Flags::ACK,
             window,
-            syn: None,
+            offer: None,
+            stamp: self.stamps.stamp(now),
         }
     }
 
-    /// The header of the RST that ends the flow in the guest (RFC 9293 §3.10.7).
-    pub(super) fn reset_header(&self) -> Header {
+    /// The header of the RST that ends the flow in the guest (RFC 9293 §3.10.7). It has no timestamp: nobody would look
+    /// at it (RFC 7323 §5.2).
+    pub(super) fn reset_header(&self, now: Instant) -> Header {
         let seq = if self.marks.contains(Marks::SILENT) { 0 } else { self.snd_max };
-        self.header(seq, Flags::RST, 0)
+        Header { stamp: None, ..self.header(seq, Flags::RST, 0, now) }
     }
 }

@@ -7,6 +7,7 @@
 use std::io;
 
 use super::flow::{End, Flow, Marks};
+use super::recovery::DUP_ACKS;
 use super::segment::{Flags, Segment, before};
 use super::state::{Event, State};
 use crate::DropReason;
@@ -14,8 +15,6 @@ use crate::nat::cx::Cx;
 use crate::nat::host::Close;
 use crate::nat::ipv4::Ipv4In;
 
-/// Duplicate ACKs after which a segment counts as lost (RFC 5681 §3.2).
-const DUP_ACKS: u8 = 3;
 /// ACKs of one turn: the first may tell news, the others are duplicates.
 const MAX_ACKS: u8 = DUP_ACKS + 1;
 
@@ -41,6 +40,7 @@ impl Flow {
     fn input_dialing(&mut self, segment: &Segment) -> Result<(), DropReason> {
         let same = segment.seq.wrapping_add(1) == self.rcv_nxt;
         if segment.flags.contains(Flags::SYN) && same {
+            self.stamps.accept(segment.seq, segment.options.stamp);
             return Ok(());
         }
         if segment.flags.contains(Flags::RST) && (same || segment.seq == self.rcv_nxt) {
@@ -67,20 +67,20 @@ impl Flow {
             return Err(DropReason::Tcp);
         }
         self.greet(segment, cx);
-        self.open(cx, segment.ack);
+        self.open(cx, segment);
         self.acks = 1;
         Ok(())
     }
 
     /// The guest has acknowledged our SYN.
-    fn open(&mut self, cx: &mut Cx<'_>, ack: u32) {
+    fn open(&mut self, cx: &mut Cx<'_>, segment: &Segment) {
+        let ack = segment.ack;
         self.state = self.state.on(Event::Acked);
         self.marks -= Marks::SYN;
         self.snd_una = ack;
         self.snd_nxt = ack;
         self.snd_max = ack;
-        self.recover = ack;
-        self.rto.acked(ack, cx.now);
+        self.rto.acked(ack, cx.now, self.stamps.round_trip(cx.now, segment.options.stamp));
         self.heard_from(cx);
         self.rto_at = None;
     }
@@ -100,6 +100,10 @@ impl Flow {
         let in_window = !before(segment.seq, self.rcv_nxt) && ahead <= self.announced();
         if segment.flags.contains(Flags::RST) {
             return self.input_rst(ahead == 0, in_window);
+        }
+        if !self.stamps.accept(segment.seq, segment.options.stamp) {
+            self.acknowledge();
+            return Err(DropReason::Tcp);
         }
         if segment.flags.contains(Flags::SYN) {
             return self.input_syn(segment);
@@ -158,7 +162,7 @@ impl Flow {
             if segment.ack != self.snd_una.wrapping_add(1) {
                 return Err(DropReason::Tcp);
             }
-            self.open(cx, segment.ack);
+            self.open(cx, segment);
             self.snd_wl1 = segment.seq.wrapping_sub(1);
         }
         if before(self.snd_max, segment.ack) {
@@ -167,11 +171,11 @@ impl Flow {
         }
         self.heard_from(cx);
         let window = u32::from(segment.window) << self.guest_shift_in_use();
+        let repeats = segment.ack == self.snd_una && segment.seq_len() == 0 && window == self.snd_wnd;
         if before(self.snd_una, segment.ack) {
-            self.acked(cx, segment.ack);
-        } else if segment.ack == self.snd_una && segment.seq_len() == 0 && window == self.snd_wnd {
-            self.duplicate();
+            self.acked(cx, segment);
         }
+        self.take_blocks(segment.ack, &segment.options, repeats);
         let newer = before(self.snd_wl1, segment.seq)
             || self.snd_wl1 == segment.seq && !before(segment.ack, self.snd_wl2);
         if newer && !before(segment.ack, self.snd_una) {
@@ -186,8 +190,9 @@ impl Flow {
         if self.marks.contains(Marks::SCALED) { self.guest_shift } else { 0 }
     }
 
-    /// The guest has everything before `ack`.
-    fn acked(&mut self, cx: &Cx<'_>, ack: u32) {
+    /// The guest has everything before the segment's `ack`.
+    fn acked(&mut self, cx: &Cx<'_>, segment: &Segment) {
+        let ack = segment.ack;
         let with_fin = self.fin.is_some_and(|fin| before(fin, ack));
         let bytes = ack.wrapping_sub(self.snd_una) - u32::from(with_fin);
         self.undiscarded += bytes;
@@ -195,12 +200,8 @@ impl Flow {
         if before(self.snd_nxt, ack) {
             self.snd_nxt = ack;
         }
-        self.cwnd = self.cwnd.saturating_add(bytes);
-        self.dup_acks = 0;
-        if !before(ack, self.recover) {
-            self.marks -= Marks::RECOVERING;
-        }
-        self.rto.acked(ack, cx.now);
+        self.progress(bytes);
+        self.rto.acked(ack, cx.now, self.stamps.round_trip(cx.now, segment.options.stamp));
         self.rto_at = None;
         if with_fin {
             self.state = self.state.on(Event::FinAcked);
@@ -208,23 +209,6 @@ impl Flow {
                 self.finish(End::Quiet(Close::Graceful));
             }
         }
-    }
-
-    /// The guest says again what it has (RFC 5681 §2): perhaps something was lost.
-    fn duplicate(&mut self) {
-        if self.snd_una == self.snd_max || self.marks.contains(Marks::RECOVERING) {
-            return;
-        }
-        self.dup_acks += 1;
-        if self.dup_acks < DUP_ACKS {
-            return;
-        }
-        self.dup_acks = 0;
-        self.marks |= Marks::RECOVERING;
-        self.recover = self.snd_max;
-        self.cwnd = (self.in_flight() / 2).max(2 * u32::from(self.mss));
-        self.snd_nxt = self.snd_una;
-        self.rto.resent();
     }
 
     /// Data, and perhaps a FIN, that begin at or before `rcv_nxt` and end behind it.

@@ -13,6 +13,9 @@
 //! window takes directly into its buffers; an acknowledgement discards them from the socket; a retransmission peeks
 //! them again. The socket's end becomes a FIN behind the last byte, its error a RST.
 //!
+//! **Options** ([`options`]): window scale, timestamps ([`stamps`]) and SACK ([`sack`], [`recovery`]), each if the guest's SYN
+//! has it; all are offered in ours.
+//!
 //! **Published ports** ([`listen`]) are flows that begin with our SYN.
 //!
 //! **Invariants.** A flow is in the table exactly as long as its socket is open. A flow that has something to emit is
@@ -22,16 +25,20 @@
 //! **Limits.** [`Limits::tcp_flows`](crate::nat::Limits::tcp_flows) connections: the next SYN gets a RST, and one line in
 //! the log. A connection costs a descriptor, about 300 bytes here, and what the kernel charges for its socket. An
 //! idle one is probed after two hours. A guest that does not answer is given up after 12 attempts, a SYN of ours after
-//! four. TIME-WAIT: [`state`]. Not done: urgent data out of line (delivered in line), timestamps, SACK, ECN
-//! ([`segment`]), simultaneous open (refused).
+//! four. TIME-WAIT: [`state`]. Not done: urgent data out of line (delivered in line), ECN, SACK
+//! blocks of ours ([`segment`]), simultaneous open (refused).
 
 mod dial;
 mod flow;
 mod input;
 mod listen;
+mod options;
 mod output;
+mod recovery;
 mod rto;
+mod sack;
 mod segment;
+mod stamps;
 mod state;
 mod table;
 #[cfg(test)]
@@ -47,6 +54,7 @@ use self::flow::{End, Flow, Marks};
 use self::listen::Listeners;
 use self::output::Step;
 use self::segment::{Flags, Header, Segment};
+use self::stamps::Stamps;
 use self::state::State;
 use self::table::{Key, Table};
 use super::config::{NatError, Publish};
@@ -79,7 +87,7 @@ pub(crate) struct Tcp {
     listeners: Listeners,
     /// A listener has become ready since clients were last accepted.
     fresh: bool,
-    /// The secret of the initial sequence numbers (RFC 6528).
+    /// The secret of the initial sequence numbers (RFC 6528) and timestamps (RFC 7323 §7.1).
     secret: RandomState,
     epoch: Option<Instant>,
 }
@@ -181,17 +189,19 @@ impl Tcp {
 
     /// Puts a flow into the slot whose token its socket has.
     fn insert(&mut self, cx: &mut Cx<'_>, key: Key, sock: SockId, syn: Option<&Segment>) {
-        let iss = self.initial_sequence(cx.now, &key);
-        let flow = Flow::new(key, self.table.next_token(), sock, iss, syn, cx);
+        let clocks = self.clocks(cx.now, &key);
+        let flow = Flow::new(key, self.table.next_token(), sock, clocks, syn, cx);
         let slot = self.table.insert(flow);
         self.settle(cx, slot);
     }
 
-    /// RFC 6528 §3: a clock of 4 µs ticks, and a secret function of the addresses.
-    fn initial_sequence(&mut self, now: Instant, key: &Key) -> u32 {
+    /// The initial sequence number (RFC 6528 §3: a clock of 4 µs ticks, and a secret function of the addresses) and the
+    /// clock of the timestamps, which is another such function.
+    fn clocks(&mut self, now: Instant, key: &Key) -> (u32, Stamps) {
         let epoch = *self.epoch.get_or_insert(now);
         let ticks = now.saturating_duration_since(epoch).as_micros() / 4;
-        (self.secret.hash_one(key) as u32).wrapping_add(ticks as u32)
+        let iss = (self.secret.hash_one(key) as u32).wrapping_add(ticks as u32);
+        (iss, Stamps::new(epoch, self.secret.hash_one((key, "timestamps")) as u32))
     }
 
     /// A socket is ready.
@@ -303,7 +313,7 @@ impl Tcp {
         flow.discard(cx);
         let how = match flow.end {
             Some(End::Reset(how)) => {
-                post(cx, &flow.reset_header());
+                post(cx, &flow.reset_header(cx.now));
                 how
             }
             Some(End::Unreachable(error)) => {
@@ -331,7 +341,8 @@ fn refuse(cx: &mut Cx<'_>, key: &Key, segment: &Segment) {
         ack: if acked { 0 } else { segment.seq.wrapping_add(segment.seq_len()) },
         flags: if acked { Flags::RST } else { Flags::RST | Flags::ACK },
         window: 0,
-        syn: None,
+        offer: None,
+        stamp: None,
     };
     post(cx, &header);
 }

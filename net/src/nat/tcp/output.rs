@@ -8,20 +8,19 @@ use std::io;
 use vm_memory::VolatileSlice;
 
 use super::flow::{End, Flow, Marks, SHIFT};
-use super::segment::{CSUM_OFFSET, CSUM_START, Flags, HEADERS, Header, TCP_LEN};
+use super::options::{Offer, STAMP_LEN};
+use super::segment::{CSUM_OFFSET, CSUM_START, Flags, HEADERS, Header, TCP_MAX, before};
 use super::state::{Event, State};
 use crate::nat::cx::Cx;
 use crate::nat::host::Close;
-use crate::nat::ipv4::{DONT_FRAGMENT, FRAME_HEAD, IPV4_LEN, Ipv4Out, TTL, protocol};
+use crate::nat::ipv4::{DONT_FRAGMENT, FRAME_HEAD, Ipv4Out, TTL, protocol};
 use crate::nat::outbox::copy_into;
-use crate::{
-    DropReason, ETHERNET_LEN, GsoType, Lent, MAX_FRAME, MacAddr, Offloads, RxRing, VnetFlags, VnetHdr,
-};
+use crate::{DropReason, GsoType, Lent, MAX_FRAME, MacAddr, Offloads, RxRing, VnetFlags, VnetHdr};
 
 /// Data frames of one flow before others get their turn.
 const BURST: usize = 4;
-/// Most data of a super-segment.
-const MAX_DATA: usize = MAX_FRAME - 4 - HEADERS;
+/// Longest super-segment, headers included: no VLAN tag is in it.
+const MAX_SUPER: usize = MAX_FRAME - 4;
 /// More pieces than one call to the host takes: a short read then says nothing.
 const MANY_PIECES: usize = 100;
 
@@ -104,17 +103,21 @@ impl Flow {
     fn put_syn(&mut self, cx: &mut Cx<'_>, ring: &mut dyn RxRing, mac: MacAddr) -> bool {
         let answers = self.state == State::SynReceived;
         let window = self.window(cx);
-        let mut header = self.header(self.snd_una, Flags::SYN, window);
-        // A scale is offered in our SYN, and in our SYN-ACK only in answer to one (RFC 7323 §2.2).
+        let mut header = self.header(self.snd_una, Flags::SYN, window, cx.now);
+        // All is offered in our SYN, and in our SYN-ACK only in answer (RFC 7323 §2.2, §3.2, RFC 2018 §2).
         let scaled = !answers || self.marks.contains(Marks::SCALED);
-        header.syn = Some((cx.config.mtu.saturating_sub(40), scaled.then_some(SHIFT)));
+        let sack = !answers || self.marks.contains(Marks::SACK);
+        let mss = cx.config.mtu.saturating_sub(40);
+        header.offer = Some(Offer { mss, shift: scaled.then_some(SHIFT), sack });
         if !answers {
+            header.stamp = Some(self.stamps.offer(cx.now));
             header.flags -= Flags::ACK;
             header.ack = 0;
         }
         if !put(cx, ring, mac, &header) {
             return false;
         }
+        self.stamps.acknowledged(self.rcv_nxt);
         self.marks -= Marks::SYN | Marks::SILENT;
         self.snd_nxt = self.snd_una.wrapping_add(1);
         if self.snd_max == self.snd_nxt {
@@ -135,12 +138,22 @@ impl Flow {
         flags: Flags,
     ) -> bool {
         let window = self.window(cx);
-        let header = self.header(seq, flags, window);
-        put(cx, ring, mac, &header)
+        let header = self.header(seq, flags, window, cx.now);
+        let sent = put(cx, ring, mac, &header);
+        if sent {
+            self.stamps.acknowledged(self.rcv_nxt);
+        }
+        sent
     }
 
-    /// The next data, or the FIN behind the last.
+    /// The next data that are missing, new data, or the FIN behind the last.
     fn put_next(&mut self, cx: &mut Cx<'_>, ring: &mut dyn RxRing, mac: MacAddr) -> Put {
+        if self.state.world_may_send()
+            && let Some((seq, len)) = self.hole()
+        {
+            return self.put_data(cx, ring, mac, seq, len as usize);
+        }
+        let gap = self.skip_sacked();
         if !self.has_data() {
             return Put::Nothing;
         }
@@ -154,18 +167,26 @@ impl Flow {
         }
         let room = self.room();
         // Silly windows are waited out (RFC 9293 §3.8.6.2.1) while an ACK is to come, unless the end is near.
-        let silly = room < u32::from(self.mss) && self.in_flight() > 0;
+        let silly = room < u32::from(self.mss) && self.pipe() > 0;
         if room == 0 || silly && !self.marks.contains(Marks::READ_CLOSED) {
             return Put::Nothing;
         }
-        self.put_data(cx, ring, mac, room as usize)
+        self.put_data(cx, ring, mac, self.snd_nxt, room.min(gap) as usize)
     }
 
-    fn put_data(&mut self, cx: &mut Cx<'_>, ring: &mut dyn RxRing, mac: MacAddr, room: usize) -> Put {
-        let mss = usize::from(self.mss);
-        let largest = if cx.guest.contains(Offloads::TSO4) { MAX_DATA / mss * mss } else { mss };
+    /// At most `room` bytes from `seq` on: `snd_nxt`, or the start of a hole.
+    fn put_data(
+        &mut self,
+        cx: &mut Cx<'_>,
+        ring: &mut dyn RxRing,
+        mac: MacAddr,
+        seq: u32,
+        room: usize,
+    ) -> Put {
+        let (mss, headers) = (usize::from(self.mss), self.headers());
+        let largest = if cx.guest.contains(Offloads::TSO4) { (MAX_SUPER - headers) / mss * mss } else { mss };
         let want = room.min(largest.max(mss));
-        let parts = match ring.lend(HEADERS + want.min(mss), HEADERS + want) {
+        let parts = match ring.lend(headers + want.min(mss), headers + want) {
             Lent::Buffers(parts) => parts,
             Lent::Empty => return Put::RingFull,
             Lent::TooSmall => {
@@ -175,61 +196,76 @@ impl Flow {
             }
         };
         let lent: usize = parts.iter().map(VolatileSlice::len).sum();
-        let want = want.min(lent.saturating_sub(HEADERS));
+        let want = want.min(lent.saturating_sub(headers));
         let base = self.snd_una.wrapping_sub(self.undiscarded);
-        let offset = self.snd_nxt.wrapping_sub(base);
-        let got = match cx.host.peek(self.sock, offset, parts, HEADERS, want) {
-            // The error was told before; there is no orderly end.
-            Ok(0) if self.marks.contains(Marks::DEAD) => {
-                self.marks -= Marks::READABLE;
-                return Put::Nothing;
-            }
-            Ok(0) => {
-                self.fin = Some(self.snd_nxt);
-                self.marks -= Marks::READABLE;
-                // `put_next` sends the FIN when it is called again.
-                return Put::Sent;
-            }
-            Ok(got) => got,
-            // An acknowledgement makes room.
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && self.in_flight() > 0 => {
-                return Put::Nothing;
-            }
-            Err(error) => {
-                self.marks -= Marks::READABLE;
-                if error.kind() != io::ErrorKind::WouldBlock {
-                    tracing::debug!(guest = %self.key.guest, world = %self.key.world, %error, "TCP: receive");
-                    self.marks |= Marks::DEAD;
-                }
-                return Put::Nothing;
-            }
+        let got = match cx.host.peek(self.sock, seq.wrapping_sub(base), parts, headers, want) {
+            Ok(got) if got > 0 => got,
+            outcome => return self.no_data(seq, outcome),
         };
-        let drained = got < want && parts.len() < MANY_PIECES;
+        let drained = got < want && parts.len() < MANY_PIECES && seq == self.snd_nxt;
         if drained && !self.marks.intersects(Marks::READ_CLOSED | Marks::DEAD) {
             self.marks -= Marks::READABLE;
         }
         let flags = if drained { Flags::PSH } else { Flags::empty() };
         let window = self.window(cx);
-        let header = self.header(self.snd_nxt, flags, window);
+        let header = self.header(seq, flags, window, cx.now);
         let hdr = finish_data(&header, cx, mac, parts, got, self.mss);
-        ring.commit(hdr, HEADERS + got);
-        cx.emitted(HEADERS + got);
-        self.advance(cx, u32::try_from(got).unwrap_or(0));
+        ring.commit(hdr, headers + got);
+        cx.emitted(headers + got);
+        self.stamps.acknowledged(self.rcv_nxt);
+        let len = u32::try_from(got).unwrap_or(0);
+        if seq == self.snd_nxt {
+            self.advance(cx, len);
+        } else {
+            self.filled(seq.wrapping_add(len), len);
+        }
         if self.acks == 1 {
             self.acks = 0;
         }
         Put::Sent
     }
 
+    /// The socket gave nothing from `seq` on.
+    fn no_data(&mut self, seq: u32, outcome: io::Result<usize>) -> Put {
+        match outcome {
+            // The error was told before; there is no orderly end.
+            Ok(_) if self.marks.contains(Marks::DEAD) => {
+                self.marks -= Marks::READABLE;
+                Put::Nothing
+            }
+            Ok(_) if seq == self.snd_nxt => {
+                self.fin = Some(seq);
+                self.marks -= Marks::READABLE;
+                // `put_next` sends the FIN when it is called again.
+                Put::Sent
+            }
+            // An acknowledgement makes room.
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && self.in_flight() > 0 => Put::Nothing,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && seq == self.snd_nxt => {
+                self.marks -= Marks::READABLE;
+                Put::Nothing
+            }
+            // What was sent once is gone: so is the connection.
+            outcome => {
+                tracing::debug!(guest = %self.key.guest, world = %self.key.world, ?outcome, "TCP: receive");
+                self.marks -= Marks::READABLE;
+                self.marks |= Marks::DEAD;
+                Put::Nothing
+            }
+        }
+    }
+
     /// `len` sequence numbers were sent.
     fn advance(&mut self, cx: &Cx<'_>, len: u32) {
         let new = self.snd_nxt == self.snd_max;
         self.snd_nxt = self.snd_nxt.wrapping_add(len);
-        if super::segment::before(self.snd_max, self.snd_nxt) {
+        if before(self.snd_max, self.snd_nxt) {
             self.snd_max = self.snd_nxt;
         }
         if new {
             self.rto.sent(self.snd_nxt, cx.now);
+        } else {
+            self.sent_again(len);
         }
     }
 }
@@ -255,12 +291,13 @@ fn finish_data(
     got: usize,
     mss: u16,
 ) -> VnetHdr {
-    let mut head = [0; HEADERS];
-    head[..FRAME_HEAD].copy_from_slice(&ipv4(header).head(mac, cx.config.gateway_mac, TCP_LEN + got));
-    let mut tcp = [0; TCP_LEN + 8];
-    header.write(&mut tcp);
-    head[FRAME_HEAD..].copy_from_slice(&tcp[..TCP_LEN]);
-    let mut sum = header.pseudo(TCP_LEN + got);
+    let mut tcp = [0; TCP_MAX];
+    let len = header.write(&mut tcp);
+    let headers = FRAME_HEAD + len;
+    let mut head = [0; HEADERS + STAMP_LEN];
+    head[..FRAME_HEAD].copy_from_slice(&ipv4(header).head(mac, cx.config.gateway_mac, len + got));
+    head[FRAME_HEAD..headers].copy_from_slice(&tcp[..len]);
+    let mut sum = header.pseudo(len + got);
     let mut hdr = VnetHdr::default();
     let checksum = if cx.guest.contains(Offloads::CSUM) {
         hdr.flags = VnetFlags::NEEDS_CSUM;
@@ -268,17 +305,17 @@ fn finish_data(
         hdr.csum_offset = CSUM_OFFSET;
         sum.fold()
     } else {
-        sum.add(&head[FRAME_HEAD..]);
-        sum.add_parts(slices(parts, HEADERS, got));
+        sum.add(&head[FRAME_HEAD..headers]);
+        sum.add_parts(slices(parts, headers, got));
         sum.finish()
     };
     head[FRAME_HEAD + 16..FRAME_HEAD + 18].copy_from_slice(&checksum.to_be_bytes());
     if got > usize::from(mss) {
         hdr.gso_type = GsoType::Tcp4;
         hdr.gso_size = mss;
-        hdr.hdr_len = HEADERS as u16;
+        hdr.hdr_len = headers as u16;
     }
-    copy_into(parts, &head);
+    copy_into(parts, &head[..headers]);
     hdr
 }
 
@@ -304,7 +341,7 @@ fn put(cx: &mut Cx<'_>, ring: &mut dyn RxRing, mac: MacAddr, header: &Header) ->
     let frame = FRAME_HEAD + len;
     match ring.lend(frame, frame) {
         Lent::Buffers(parts) => {
-            let mut bytes = [0; ETHERNET_LEN + IPV4_LEN + TCP_LEN + 8];
+            let mut bytes = [0; FRAME_HEAD + TCP_MAX];
             bytes[..FRAME_HEAD].copy_from_slice(&ipv4(header).head(mac, cx.config.gateway_mac, len));
             bytes[FRAME_HEAD..frame].copy_from_slice(&segment[..len]);
             copy_into(parts, &bytes[..frame]);

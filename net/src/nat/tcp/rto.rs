@@ -1,6 +1,7 @@
 //! The retransmission timer of a flow (RFC 6298).
 //!
-//! One round trip is timed at a time, and never that of a segment that was sent twice (Karn). Between [`MIN`] and
+//! One round trip is timed at a time. Without timestamps it is never that of a segment that was sent twice (Karn); with
+//! them the echo says which one was answered. Between [`MIN`] and
 //! [`MAX`], doubled at each time-out. The clock of a turn is coarse enough that nothing below a millisecond matters.
 
 use std::time::{Duration, Instant};
@@ -17,13 +18,20 @@ pub(super) struct Rto {
     srtt: u32,
     rttvar: u32,
     backoff: u8,
+    /// Round trips are told by timestamps.
+    stamped: bool,
     /// A segment that ends here was sent then.
     timed: Option<(u32, Instant)>,
 }
 
 impl Rto {
     pub(super) fn new() -> Self {
-        Self { srtt: 0, rttvar: 0, backoff: 0, timed: None }
+        Self { srtt: 0, rttvar: 0, backoff: 0, stamped: false, timed: None }
+    }
+
+    /// Timestamps were agreed: from now on [`Self::acked`] is told the round trips.
+    pub(super) fn use_stamps(&mut self) {
+        self.stamped = true;
     }
 
     /// The time-out to use now.
@@ -42,7 +50,9 @@ impl Rto {
 
     /// Something was sent again: what is being timed would be ambiguous.
     pub(super) fn resent(&mut self) {
-        self.timed = None;
+        if !self.stamped {
+            self.timed = None;
+        }
     }
 
     /// The timer ran out.
@@ -51,15 +61,17 @@ impl Rto {
         self.resent();
     }
 
-    /// The guest acknowledged new data up to `ack`.
-    pub(super) fn acked(&mut self, ack: u32, now: Instant) {
+    /// The guest acknowledged new data up to `ack`, `echoed` after the segment that it answers was sent.
+    pub(super) fn acked(&mut self, ack: u32, now: Instant, echoed: Option<Duration>) {
         self.backoff = 0;
         let Some((end, at)) = self.timed else { return };
         if super::segment::before(ack, end) {
             return;
         }
         self.timed = None;
-        let rtt = u32::try_from(now.saturating_duration_since(at).as_micros()).unwrap_or(u32::MAX / 16);
+        let passed = if self.stamped { echoed } else { Some(now.saturating_duration_since(at)) };
+        let Some(passed) = passed else { return };
+        let rtt = u32::try_from(passed.as_micros()).unwrap_or(u32::MAX).min(u32::MAX / 16);
         if self.srtt == 0 {
             self.srtt = rtt.max(1);
             self.rttvar = rtt / 2;
@@ -80,7 +92,7 @@ mod tests {
         let mut rto = Rto::new();
         assert_eq!(rto.current(), INITIAL);
         rto.sent(100, start);
-        rto.acked(100, start + Duration::from_millis(400));
+        rto.acked(100, start + Duration::from_millis(400), None);
         assert_eq!(rto.current(), Duration::from_millis(1200));
         rto.back_off();
         assert_eq!(rto.current(), Duration::from_millis(2400));
@@ -88,7 +100,7 @@ mod tests {
             rto.back_off();
         }
         assert_eq!(rto.current(), MAX);
-        rto.acked(200, start);
+        rto.acked(200, start, None);
         assert_eq!(rto.current(), Duration::from_millis(1200));
     }
 
@@ -98,10 +110,24 @@ mod tests {
         let mut rto = Rto::new();
         rto.sent(100, start);
         rto.resent();
-        rto.acked(100, start + Duration::from_secs(30));
+        rto.acked(100, start + Duration::from_secs(30), None);
         assert_eq!(rto.current(), INITIAL);
         rto.sent(200, start);
-        rto.acked(200, start);
+        rto.acked(200, start, None);
         assert_eq!(rto.current(), MIN);
+    }
+
+    #[test]
+    fn with_timestamps_the_echo_counts_whatever_was_sent_twice() {
+        let start = Instant::now();
+        let mut rto = Rto::new();
+        rto.use_stamps();
+        rto.sent(100, start);
+        rto.back_off();
+        rto.acked(100, start + Duration::from_secs(30), Some(Duration::from_millis(400)));
+        assert_eq!(rto.current(), Duration::from_millis(1200));
+        rto.sent(200, start);
+        rto.acked(200, start + Duration::from_secs(30), None);
+        assert_eq!(rto.current(), Duration::from_millis(1200), "no echo, no measurement");
     }
 }

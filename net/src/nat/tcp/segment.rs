@@ -1,13 +1,13 @@
 //! TCP segments on the wire (RFC 9293 §3.1): parsed once from copied bytes, built in one place.
 //!
 //! Refused: shorter than its header, a data offset below five words or behind the end, a wrong checksum, and the
-//! flag combinations that no state can answer (SYN with FIN or RST, none at all). Of the options only MSS (RFC 9293
-//! §3.7.1) and window scale (RFC 7323 §2) are read, and only on a SYN; others are skipped by their length. A SYN
-//! that offers timestamps or SACK gets neither: the wire towards a guest is memory, so that loss is rare and the
-//! round trip short, and without SACK a guest falls back to counting duplicate ACKs, which we can send.
+//! flag combinations that no state can answer (SYN with FIN or RST, none at all). Options: [`super::options`]. We send MSS,
+//! window scale, SACK-permitted and timestamps on a SYN, timestamps on all others where they are agreed. We never send
+//! SACK blocks, because nothing out of order is kept (RFC 2018 §3 leaves it to the receiver).
 
 use std::net::SocketAddrV4;
 
+use super::options::{OPTIONS_MAX, Offer, Options, Stamp, write};
 use crate::checksum::Sum;
 use crate::nat::ipv4::{FRAME_HEAD, Ipv4In, protocol};
 use crate::{DropReason, ETHERNET_LEN};
@@ -16,10 +16,8 @@ use crate::{DropReason, ETHERNET_LEN};
 pub(super) const TCP_LEN: usize = 20;
 /// Bytes of all headers of a frame without options.
 pub(super) const HEADERS: usize = FRAME_HEAD + TCP_LEN;
-/// Bytes of the options of our SYN: MSS, no-operation, window scale.
-const SYN_OPTIONS: usize = 8;
-/// Largest shift of a window (RFC 7323 §2.3).
-pub(super) const MAX_SHIFT: u8 = 14;
+/// Most bytes of our headers.
+pub(super) const TCP_MAX: usize = TCP_LEN + OPTIONS_MAX;
 
 bitflags::bitflags! {
     /// Control bits (RFC 9293 §3.1). ECE and CWR are ignored: we never agree to ECN.
@@ -48,10 +46,7 @@ pub(super) struct Segment {
     /// Bytes of the TCP header: where the data begin in the packet's payload.
     pub(super) header_len: usize,
     pub(super) data_len: u32,
-    /// On a SYN: the largest segment that the guest takes.
-    pub(super) mss: Option<u16>,
-    /// On a SYN: the guest's window scale.
-    pub(super) shift: Option<u8>,
+    pub(super) options: Options,
 }
 
 impl Segment {
@@ -76,7 +71,6 @@ impl Segment {
         if flags.is_empty() || opens && flags.intersects(Flags::FIN | Flags::RST) {
             return Err(DropReason::Malformed);
         }
-        let (mss, shift) = if opens { options(&head[TCP_LEN..header_len]) } else { (None, None) };
         Ok(Self {
             guest: SocketAddrV4::new(packet.src, word(0)),
             world: SocketAddrV4::new(packet.dst, word(2)),
@@ -86,8 +80,7 @@ impl Segment {
             window: word(14),
             header_len,
             data_len: u32::try_from(total - header_len).unwrap_or(0),
-            mss,
-            shift,
+            options: Options::read(&head[TCP_LEN..header_len]),
         })
     }
 
@@ -95,31 +88,6 @@ impl Segment {
     pub(super) fn seq_len(&self) -> u32 {
         let control = self.flags.intersection(Flags::SYN | Flags::FIN).bits().count_ones();
         self.data_len + control
-    }
-}
-
-fn options(bytes: &[u8]) -> (Option<u16>, Option<u8>) {
-    let (mut mss, mut shift) = (None, None);
-    let mut rest = bytes;
-    loop {
-        match *rest {
-            // No-operation has no length.
-            [1, ..] => rest = &rest[1..],
-            [2, 4, high, low, ..] => {
-                mss = Some(u16::from_be_bytes([high, low]));
-                rest = &rest[4..];
-            }
-            [3, 3, value, ..] => {
-                shift = Some(value.min(MAX_SHIFT));
-                rest = &rest[3..];
-            }
-            // The end, a length that can't be, or one behind the end: what was read until here counts.
-            [0, ..] | [] | [_] | [_, 0 | 1, ..] => return (mss, shift),
-            [_, len, ..] => match rest.get(usize::from(len)..) {
-                Some(behind) => rest = behind,
-                None => return (mss, shift),
-            },
-        }
     }
 }
 
@@ -133,14 +101,14 @@ pub(super) struct Header {
     pub(super) flags: Flags,
     /// As it goes into the header, already scaled.
     pub(super) window: u16,
-    /// On a SYN: MSS, and window scale if it is agreed.
-    pub(super) syn: Option<(u16, Option<u8>)>,
+    /// On a SYN: what is offered.
+    pub(super) offer: Option<Offer>,
+    pub(super) stamp: Option<Stamp>,
 }
 
 impl Header {
     /// Writes the header into `into`, its checksum zero, and says how long it is.
-    pub(super) fn write(&self, into: &mut [u8; TCP_LEN + SYN_OPTIONS]) -> usize {
-        let mut len = TCP_LEN;
+    pub(super) fn write(&self, into: &mut [u8; TCP_MAX]) -> usize {
         into[0..2].copy_from_slice(&self.world.port().to_be_bytes());
         into[2..4].copy_from_slice(&self.guest.port().to_be_bytes());
         into[4..8].copy_from_slice(&self.seq.to_be_bytes());
@@ -148,15 +116,9 @@ impl Header {
         into[13] = self.flags.bits();
         into[14..16].copy_from_slice(&self.window.to_be_bytes());
         into[16..20].fill(0);
-        if let Some((mss, shift)) = self.syn {
-            into[20..22].copy_from_slice(&[2, 4]);
-            into[22..24].copy_from_slice(&mss.to_be_bytes());
-            len += 4;
-            if let Some(shift) = shift {
-                into[24..28].copy_from_slice(&[1, 3, 3, shift]);
-                len += 4;
-            }
-        }
+        let mut options = [0; OPTIONS_MAX];
+        let len = TCP_LEN + write(self.offer, self.stamp, &mut options);
+        into[TCP_LEN..].copy_from_slice(&options);
         into[12] = u8::try_from(len / 4).unwrap_or(5) << 4;
         len
     }
@@ -168,8 +130,8 @@ impl Header {
     }
 
     /// A whole segment without data, its checksum complete.
-    pub(super) fn control(&self) -> ([u8; TCP_LEN + SYN_OPTIONS], usize) {
-        let mut bytes = [0; TCP_LEN + SYN_OPTIONS];
+    pub(super) fn control(&self) -> ([u8; TCP_MAX], usize) {
+        let mut bytes = [0; TCP_MAX];
         let len = self.write(&mut bytes);
         let mut sum = self.pseudo(len);
         sum.add(&bytes[..len]);
@@ -191,30 +153,9 @@ pub(super) fn before(a: u32, b: u32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
-
-    #[test]
-    fn options_are_read_past_unknown_ones_and_stop_at_nonsense() {
-        assert_eq!(
-            options(&[2, 4, 5, 0xb4, 4, 2, 8, 10, 0, 0, 0, 0, 0, 0, 0, 0, 1, 3, 3, 7]),
-            (Some(1460), Some(7))
-        );
-        assert_eq!(options(&[3, 3, 200]), (None, Some(14)));
-        assert_eq!(options(&[8, 0, 2, 4, 5, 0xb4]), (None, None));
-        assert_eq!(options(&[0, 2, 4, 5, 0xb4]), (None, None));
-        assert_eq!(options(&[2, 4, 5]), (None, None));
-    }
 
     #[test]
     fn order_wraps() {
         assert!(before(u32::MAX, 0) && !before(0, u32::MAX) && !before(7, 7));
-    }
-
-    proptest! {
-        #[test]
-        fn any_options_end(bytes in proptest::collection::vec(any::<u8>(), 0..40)) {
-            let (_, shift) = options(&bytes);
-            prop_assert!(shift.is_none_or(|shift| shift <= MAX_SHIFT));
-        }
     }
 }

@@ -7,5 +7,6 @@ mod any;
 mod bench;
 mod close;
 mod open;
+mod options;
 mod published;
 mod transfer;

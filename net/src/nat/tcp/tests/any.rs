@@ -1,10 +1,11 @@
 //! Whatever a guest sends: nothing panics, nothing grows, no byte is lost or invented.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::bench::{Bench, Seg, seg};
+use super::bench::{Bench, Seg, Talk, seg, stamp};
 use crate::Offloads;
 use crate::nat::config::NatConfig;
 use crate::nat::poller::Events;
@@ -29,14 +30,25 @@ fn near() -> impl Strategy<Value = u32> {
 }
 
 fn segment() -> impl Strategy<Value = Seg> {
-    let options = prop_oneof![Just(vec![]), proptest::collection::vec(any::<u8>(), 8)];
-    let what = (any::<u8>(), near(), near(), any::<u16>(), 0usize..2000, options, 0u16..3);
-    what.prop_map(|(flags, seq, ack, window, len, options, port)| {
+    let options = prop_oneof![
+        2 => Just(vec![]),
+        1 => proptest::collection::vec(any::<u8>(), 8),
+        1 => any::<(u32, u32)>().prop_map(|(value, echo)| stamp(value, echo)),
+        1 => Just(vec![1, 1, 4, 2]),
+    ];
+    let blocks = proptest::collection::vec((near(), near()), 0..3);
+    let what = (any::<u8>(), near(), near(), any::<u16>(), 0usize..2000, (options, blocks), 0u16..3);
+    what.prop_map(|(flags, seq, ack, window, len, (options, blocks), port)| {
         let mut seg = seg(Flags::from_bits_truncate(flags), seq, ack).window(window).data(&vec![1; len]);
         seg.options = options;
+        seg.blocks = blocks;
         seg.from.set_port(40_000 + port);
         seg
     })
+}
+
+fn talk() -> impl Strategy<Value = Talk> {
+    any::<(bool, bool)>().prop_map(|(stamps, sack)| Talk { stamps, sack })
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -75,12 +87,16 @@ proptest! {
     #[test]
     fn any_segments_and_events_keep_the_table_within_its_bounds(
         steps in proptest::collection::vec(step(), 0..120), offloads in any::<bool>(),
+        talk in proptest::option::of(talk()),
     ) {
         let mut config = NatConfig::default();
         config.limits.tcp_flows = 2;
         let mut bench = Bench::with(config);
         if offloads {
             bench.guest = Offloads::CSUM | Offloads::TSO4;
+        }
+        if let Some(talk) = talk {
+            bench.open_with(talk);
         }
         for step in steps {
             act(&mut bench, step);
@@ -98,8 +114,10 @@ proptest! {
         losses in proptest::collection::vec(0u8..4, 0..60),
         rooms in proptest::collection::vec(0usize..3000, 0..10),
         big in any::<bool>(),
+        talk in talk(),
+        keeps in any::<bool>(),
     ) {
-        let mut wire = Wire::new(losses, big);
+        let mut wire = Wire::new(losses, big, talk, keeps);
         wire.run(&up, &down, rooms);
         prop_assert_eq!(&wire.bench.sock().received, &up);
         prop_assert_eq!(wire.got, down);
@@ -121,15 +139,23 @@ struct Wire {
     acked: usize,
     /// Of the world's data, what the guest has.
     got: Vec<u8>,
+    talk: Talk,
+    /// The guest keeps what it receives out of order, and says so if SACK is agreed.
+    keeps: bool,
+    kept: BTreeMap<u32, Vec<u8>>,
+    /// Our clock, as the guest last saw it.
+    clock: u32,
 }
 
 impl Wire {
-    fn new(losses: Vec<u8>, big: bool) -> Self {
-        let mut bench = Bench::established();
+    fn new(losses: Vec<u8>, big: bool, talk: Talk, keeps: bool) -> Self {
+        let mut bench = Bench::talking(talk);
         if big {
             bench.guest = Offloads::CSUM | Offloads::TSO4;
         }
-        Self { bench, losses: losses.into_iter(), lost: 0, sent: 0, acked: 0, got: Vec::new() }
+        let (losses, clock) = (losses.into_iter(), bench.clock);
+        let (got, kept) = (Vec::new(), BTreeMap::new());
+        Self { bench, losses, lost: 0, sent: 0, acked: 0, got, talk, keeps, kept, clock }
     }
 
     fn loses(&mut self) -> bool {
@@ -144,7 +170,36 @@ impl Wire {
         }
         self.lost = 0;
         let (seq, ack) = (u32::try_from(at).unwrap() + 1, u32::try_from(self.got.len()).unwrap() + 1);
-        self.bench.send(&seg(Flags::ACK, seq, ack).data(data));
+        let mut seg = seg(Flags::ACK, seq, ack).data(data);
+        if self.talk.stamps {
+            seg.options = stamp(1000, self.clock);
+        }
+        if self.talk.sack {
+            let kept = self.kept.iter().rev().take(3);
+            seg.blocks = kept.map(|(seq, data)| (*seq, seq + u32::try_from(data.len()).unwrap())).collect();
+        }
+        self.bench.send(&seg);
+    }
+
+    fn guest_takes(&mut self, seq: u32, data: Vec<u8>) {
+        if data.is_empty() {
+            return;
+        }
+        let next = |got: &Vec<u8>| u32::try_from(got.len()).unwrap() + 1;
+        if seq > next(&self.got) {
+            if self.keeps {
+                self.kept.insert(seq, data);
+            }
+            return;
+        }
+        self.kept.insert(seq, data);
+        while let Some(first) = self.kept.first_entry()
+            && *first.key() <= next(&self.got)
+        {
+            let (seq, data) = first.remove_entry();
+            let known = (next(&self.got) - seq) as usize;
+            self.got.extend_from_slice(data.get(known..).unwrap_or_default());
+        }
     }
 
     /// The guest takes what a turn brings, and acknowledges data. Says whether anything was sent at all.
@@ -156,10 +211,11 @@ impl Wire {
                 continue;
             }
             self.acked = self.acked.max(line.ack as usize - 1);
-            if line.seq as usize - 1 == self.got.len() {
-                self.got.extend_from_slice(&line.data);
-            }
-            if !line.data.is_empty() {
+            assert_eq!(line.options.stamp.is_some(), self.talk.stamps);
+            self.clock = line.options.stamp.map_or(0, |stamp| stamp.value);
+            let answers = !line.data.is_empty();
+            self.guest_takes(line.seq, line.data);
+            if answers {
                 self.guest_sends(self.sent, &[]);
             }
         }
@@ -199,7 +255,7 @@ impl Wire {
 
 #[test]
 fn ten_losses_on_end_are_waited_out() {
-    let mut wire = Wire::new(vec![0; 10], false);
+    let mut wire = Wire::new(vec![0; 10], false, Talk::default(), false);
     wire.run(&[], &[7; 3000], vec![]);
     assert_eq!(wire.got, [7; 3000]);
 }

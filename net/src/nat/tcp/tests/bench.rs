@@ -17,6 +17,7 @@ use crate::nat::neighbours::Neighbours;
 use crate::nat::outbox::{Outbox, copy_into};
 use crate::nat::poller::{Events, Owner, Token};
 use crate::nat::tcp::Tcp;
+use crate::nat::tcp::options::Options;
 use crate::nat::tcp::segment::Flags;
 use crate::nat::udp::DatagramHost;
 use crate::{Counters, DropReason, Lent, MacAddr, Offloads, Received, RxRing, TxFrame, VnetFlags, VnetHdr};
@@ -231,13 +232,15 @@ pub(super) struct Seg {
     pub(super) window: u16,
     pub(super) data: Vec<u8>,
     pub(super) options: Vec<u8>,
+    /// A SACK option, in our relative numbers; none if empty.
+    pub(super) blocks: Vec<(u32, u32)>,
     pub(super) from: SocketAddrV4,
     pub(super) to: SocketAddrV4,
 }
 
 pub(super) fn seg(flags: Flags, seq: u32, ack: u32) -> Seg {
-    let (data, options) = (Vec::new(), Vec::new());
-    Seg { flags, seq, ack, window: 60_000, data, options, from: GUEST, to: WORLD }
+    let (data, options, blocks) = (Vec::new(), Vec::new(), Vec::new());
+    Seg { flags, seq, ack, window: 60_000, data, options, blocks, from: GUEST, to: WORLD }
 }
 
 impl Seg {
@@ -265,6 +268,7 @@ impl Seg {
             tcp[8..12].copy_from_slice(&iss.wrapping_add(self.ack).to_be_bytes());
         }
         tcp.extend_from_slice(&self.options);
+        tcp.extend(sack(iss, &self.blocks));
         tcp[12] = u8::try_from(tcp.len() / 4).unwrap() << 4;
         tcp[13] = self.flags.bits();
         tcp[14..16].copy_from_slice(&self.window.to_be_bytes());
@@ -286,11 +290,48 @@ impl Seg {
     }
 }
 
+impl Seg {
+    pub(super) fn options(mut self, options: &[&[u8]]) -> Self {
+        self.options = options.concat();
+        self
+    }
+
+    pub(super) fn sack(mut self, blocks: &[(u32, u32)]) -> Self {
+        self.blocks = blocks.to_vec();
+        self
+    }
+}
+
+/// A timestamp option.
+pub(super) fn stamp(value: u32, echo: u32) -> Vec<u8> {
+    [&[1, 1, 8, 10], &value.to_be_bytes()[..], &echo.to_be_bytes()].concat()
+}
+
+fn sack(iss: u32, blocks: &[(u32, u32)]) -> Vec<u8> {
+    if blocks.is_empty() {
+        return Vec::new();
+    }
+    let mut option = vec![1, 1, 5, u8::try_from(2 + 8 * blocks.len()).unwrap()];
+    for (start, end) in blocks {
+        option.extend(iss.wrapping_add(*start).to_be_bytes());
+        option.extend(iss.wrapping_add(*end).to_be_bytes());
+    }
+    option
+}
+
+/// What a guest agrees to in its SYN.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Talk {
+    pub(super) stamps: bool,
+    pub(super) sack: bool,
+}
+
 /// A segment to the guest, relative numbers.
 pub(super) struct Got {
     pub(super) seq: u32,
     pub(super) ack: u32,
     pub(super) data: Vec<u8>,
+    pub(super) options: Options,
 }
 
 pub(super) struct Bench {
@@ -311,8 +352,14 @@ pub(super) struct Bench {
     /// Data of the last turn, in order of arrival.
     pub(super) data: Vec<u8>,
     pub(super) hdrs: Vec<VnetHdr>,
+    /// Options of the last turn's segments.
+    pub(super) options: Vec<Options>,
+    /// The length of the last turn's longest frame.
+    pub(super) longest: usize,
     /// How the last `emit` ended.
     pub(super) received: Received,
+    /// Our clock when the connection began.
+    pub(super) clock: u32,
     shift: u8,
     budget: usize,
     icmp_errors: Budget,
@@ -342,7 +389,10 @@ impl Bench {
             window: 0,
             data: Vec::new(),
             hdrs: Vec::new(),
+            options: Vec::new(),
+            longest: 0,
             received: Received::Drained,
+            clock: 0,
             shift: 0,
             budget: 0,
             icmp_errors: Budget::default(),
@@ -357,10 +407,28 @@ impl Bench {
     }
 
     pub(super) fn open(&mut self) {
-        self.syn();
+        self.open_with(Talk::default());
+    }
+
+    /// As [`Self::established`], with the options that a modern guest sends.
+    pub(super) fn talking(talk: Talk) -> Self {
+        let mut bench = Self::new();
+        bench.open_with(talk);
+        bench
+    }
+
+    /// The guest's clock shows 1000 at the beginning.
+    pub(super) fn open_with(&mut self, talk: Talk) {
+        let options = |echo| if talk.stamps { stamp(1000, echo) } else { Vec::new() };
+        let mut syn = seg(Flags::SYN, 0, 0).options(&[&[2, 4, 0x03, 0xe8, 3, 3, 0, 1], &options(0)]);
+        if talk.sack {
+            syn.options.extend([1, 1, 4, 2]);
+        }
+        self.send(&syn);
         self.event(Events::WRITE);
         assert_eq!(self.turn(), ["SYN ACK 0+0 ack 1"]);
-        self.send(&seg(Flags::ACK, 1, 1));
+        self.clock = self.options[0].stamp.map_or(0, |stamp| stamp.value);
+        self.send(&seg(Flags::ACK, 1, 1).options(&[&options(self.clock)]));
         assert_eq!(self.turn(), [""; 0]);
     }
 
@@ -452,6 +520,8 @@ impl Bench {
         let _ = self.outbox.emit(&mut self.counters, &mut self.ring);
         self.data.clear();
         self.hdrs.clear();
+        self.options.clear();
+        self.longest = 0;
         let frames = std::mem::take(&mut self.ring.frames);
         frames.into_iter().map(|(hdr, frame)| self.show(hdr, &frame)).collect()
     }
@@ -464,7 +534,8 @@ impl Bench {
             let long =
                 |at: usize| u32::from_be_bytes([frame[at], frame[at + 1], frame[at + 2], frame[at + 3]]);
             let (seq, ack) = (long(38).wrapping_sub(self.iss), long(42).wrapping_sub(GUEST_ISS));
-            Got { seq, ack, data: frame[54..].to_vec() }
+            let behind = 34 + usize::from(frame[46] >> 4) * 4;
+            Got { seq, ack, data: frame[behind..].to_vec(), options: Options::read(&frame[54..behind]) }
         };
         frames.iter().map(|(_, frame)| got(frame)).collect()
     }
@@ -490,10 +561,13 @@ impl Bench {
         }
         let flags = Flags::from_bits_truncate(tcp[13]);
         let header = usize::from(tcp[12] >> 4) * 4;
+        let options = Options::read(&tcp[20..header]);
         if flags.contains(Flags::SYN) {
             self.iss = long(4);
-            self.shift = if header == 28 { tcp[27] } else { 0 };
+            self.shift = options.shift.unwrap_or(0);
         }
+        self.options.push(options);
+        self.longest = self.longest.max(frame.len());
         let shift = if flags.contains(Flags::SYN) { 0 } else { self.shift };
         self.window = u32::from(u16::from_be_bytes([tcp[14], tcp[15]])) << shift;
         self.data.extend_from_slice(&tcp[header..]);
