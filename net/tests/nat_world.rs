@@ -203,6 +203,21 @@ in_namespace! {
         }
     }
 
+    fn a_row_of_datagrams_arrives_one_by_one() {
+        let world = World::new();
+        let (mut guest, server) = (guest(), world.world.socket(700));
+        let mut buf = [0; 2000];
+        // The second row is longer than what a host cuts in one go, the third has nothing to be cut.
+        for (size, len) in [(1200, 5 * 1200 + 7), (100, 200 * 100), (1000, 1000), (1000, 400)] {
+            let payload: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();
+            guest.send_row(&Udp::new(4000, WORLD, 700, &payload), size);
+            for sent in payload.chunks(size.into()) {
+                let (n, from) = server.recv_from(&mut buf).unwrap();
+                assert_eq!((&buf[..n], from.port()), (sent, 4000), "{len} bytes in rows of {size}");
+            }
+        }
+    }
+
     fn a_ping_is_answered_by_the_one_it_asked() {
         let _world = World::new();
         // First through a raw socket, then through a ping socket, as the host allows it.

@@ -408,7 +408,7 @@ impl AsFd for Nat {
 
 impl FramePort for Nat {
     fn offloads(&self) -> Offloads {
-        Offloads::CSUM | Offloads::TSO4
+        Offloads::CSUM | Offloads::TSO4 | Offloads::USO
     }
 
     fn set_offloads(&mut self, guest: Offloads) -> io::Result<()> {

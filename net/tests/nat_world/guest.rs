@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 
 use net::checksum::{Sum, checksum};
 use net::nat::Nat;
-use net::{FramePort, Offloads, Received, Sent, TxFrame, VnetFlags, VnetHdr};
+use net::{FramePort, GsoType, Offloads, Received, Sent, TxFrame, VnetFlags, VnetHdr};
 use vm_memory::VolatileSlice;
 
 use crate::common::guest::Ring;
@@ -146,11 +146,15 @@ impl Guest {
         frame
     }
 
-    fn put(&mut self, mut frame: Vec<u8>) {
+    fn put(&mut self, frame: Vec<u8>) {
+        self.put_as(VnetHdr::default(), frame);
+    }
+
+    fn put_as(&mut self, hdr: VnetHdr, mut frame: Vec<u8>) {
         let (head, rest) = frame.split_at_mut(20);
         let parts: Vec<_> =
             [head, rest].into_iter().filter(|p| !p.is_empty()).map(VolatileSlice::from).collect();
-        assert!(!matches!(self.nat.send(&TxFrame { hdr: VnetHdr::default(), parts: &parts }), Sent::Full));
+        assert!(!matches!(self.nat.send(&TxFrame { hdr, parts: &parts }), Sent::Full));
     }
 
     /// Sends a packet as one frame, and gives the frame.
@@ -161,6 +165,23 @@ impl Guest {
         let frame = self.ipv4(packet, fragment, &bytes);
         self.put(frame.clone());
         frame
+    }
+
+    /// Sends datagrams of `size` bytes, the last one perhaps shorter, as one super-segment (virtio 1.3 §5.1.6.2).
+    pub(crate) fn send_row(&mut self, packet: &Udp, size: u16) {
+        self.packets += 1;
+        let bytes = packet.bytes(self.addr);
+        let frame = self.ipv4(packet, 0, &bytes);
+        let hdr = VnetHdr {
+            flags: VnetFlags::NEEDS_CSUM,
+            gso_type: GsoType::UdpL4,
+            hdr_len: 42,
+            gso_size: size,
+            csum_start: 34,
+            csum_offset: 6,
+            ..VnetHdr::default()
+        };
+        self.put_as(hdr, frame);
     }
 
     /// Sends a packet in fragments, the last one first.

@@ -234,7 +234,7 @@ impl Dns {
             if matches!(ask.client, Client::Stream(_)) {
                 ask.exchange = Some(Exchange { out: stream::frame(&ask.message), received: Vec::new() });
             } else {
-                let out = Outgoing { to: server, from: None, ttl: 64, tos: 0 };
+                let out = Outgoing { to: server, from: None, ttl: 64, tos: 0, segment: 0 };
                 let message = VolatileSlice::from(&mut ask.message[..]);
                 if cx.host.send_datagram(sock, &out, &mut std::iter::once(message)).is_err() {
                     ask.sock = None;

@@ -240,7 +240,8 @@ impl Icmp {
             cx.host.set_dont_fragment(flow.sock, packet.dont_fragment);
         }
         let to = SocketAddrV4::new(to, 0);
-        let out = Outgoing { to, from: None, ttl: packet.ttl.saturating_sub(1).max(1), tos: packet.tos };
+        let ttl = packet.ttl.saturating_sub(1).max(1);
+        let out = Outgoing { to, from: None, ttl, tos: packet.tos, segment: 0 };
         // The header in our own memory, with the identifier of the host's side; the data out of the guest's.
         let mut head: [u8; ECHO_LEN] = *packet.payload_head().first_chunk().ok_or(DropReason::Malformed)?;
         flow::set_identifier(&mut head, flow.host_id);

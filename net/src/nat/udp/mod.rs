@@ -7,7 +7,8 @@
 //! ```
 //!
 //! **Out.** A guest's address and port gets one socket ([`flow`]), on the same port of the host if that is at least
-//! 1024 and free, on any other port if not. TTL (less one), TOS and DF go along with each datagram. What the host
+//! 1024 and free, on any other port if not. TTL (less one), TOS and DF go along with each datagram. A
+//! super-segment of a guest (`VIRTIO_NET_F_HOST_USO`) goes out in one call, and the host cuts it. What the host
 //! refuses at once and what the world sends back later ([`IP_RECVERR`](socket)) reaches the guest as an ICMP error from
 //! whoever said it, quoting the guest's own headers: a closed port, a TTL that ran out, a packet too big for the way.
 //!
@@ -284,12 +285,20 @@ impl Udp {
             endpoint.dont_fragment = packet.dont_fragment;
             cx.host.set_dont_fragment(endpoint.sock, packet.dont_fragment);
         }
-        let out = Outgoing { to: real, from, ttl: packet.ttl.saturating_sub(1).max(1), tos: packet.tos };
+        let ttl = packet.ttl.saturating_sub(1).max(1);
+        let out = Outgoing { to: real, from, ttl, tos: packet.tos, segment: 0 };
         let sock = endpoint.sock;
         let step = match packet.vnet.gso_type {
             GsoType::UdpL4 => usize::from(packet.vnet.gso_size),
             GsoType::None | GsoType::Udp | GsoType::Tcp4 | GsoType::Tcp6 => datagram.len,
         };
+        if step > 0 && step < datagram.len {
+            let row = Outgoing { segment: packet.vnet.gso_size, ..out };
+            if cx.host.send_datagram(sock, &row, &mut packet.payload.parts(UDP_LEN, datagram.len)).is_ok() {
+                return Ok(());
+            }
+            // Too many of them, a device that can't, an error of an earlier one: each by itself says which it is.
+        }
         for at in (0..datagram.len.max(1)).step_by(step.max(1)) {
             let len = step.min(datagram.len - at);
             let mut attempt =

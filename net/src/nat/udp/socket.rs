@@ -23,6 +23,9 @@ pub(crate) struct Outgoing {
     /// 1 to 255.
     pub(crate) ttl: u8,
     pub(crate) tos: u8,
+    /// What is sent is a row of datagrams of this many bytes each (the last may be shorter), which the host cuts
+    /// (`UDP_SEGMENT`, udp(7)); 0 for one datagram.
+    pub(crate) segment: u16,
 }
 
 /// How a datagram came.
@@ -92,10 +95,11 @@ pub(crate) trait DatagramHost {
     /// Whether the host may cut datagrams that are too big for the way (as for a packet without DF), or reports them.
     fn set_dont_fragment(&mut self, _sock: SockId, _dont: bool) {}
 
-    /// Sends one datagram.
+    /// Sends one datagram, or a row of them.
     ///
     /// # Errors
-    /// As `sendmsg` does, a pending error of an earlier datagram included.
+    /// As `sendmsg` does, a pending error of an earlier datagram included. Of a row, all or nothing is sent; a host may
+    /// refuse a row whose datagrams it would take one by one.
     fn send_datagram(
         &mut self,
         _sock: SockId,

@@ -126,13 +126,13 @@ fn items(header: &libc::msghdr) -> Vec<Item> {
     items
 }
 
-/// Writes an ancillary item at `at` and gives the place behind it.
-fn put_item<T>(control: &mut Control, at: usize, kind: c_int, value: T) -> usize {
+/// Writes an ancillary item of a level and kind at `at` and gives the place behind it.
+fn put_item<T>(control: &mut Control, at: usize, (level, kind): (c_int, c_int), value: T) -> usize {
     let (head, data) = (size_of::<libc::cmsghdr>(), size_of::<T>() as u32);
     // SAFETY: the two macros are arithmetic on their argument.
     let (len, space) = unsafe { (libc::CMSG_LEN(data) as usize, libc::CMSG_SPACE(data) as usize) };
-    assert!(at + space <= CONTROL, "three small items fit");
-    let header = libc::cmsghdr { cmsg_len: len, cmsg_level: libc::IPPROTO_IP, cmsg_type: kind };
+    assert!(at + space <= CONTROL, "four small items fit");
+    let header = libc::cmsghdr { cmsg_len: len, cmsg_level: level, cmsg_type: kind };
     // SAFETY: `at + space <= CONTROL` leaves room for the header and the aligned data behind it; the writes need no
     // alignment.
     unsafe {
@@ -229,13 +229,17 @@ impl DatagramHost for SysHost {
             iov.push(iovec { iov_base: gathered.as_mut_ptr().cast(), iov_len: gathered.len() });
         }
         let mut control = Control([0; CONTROL]);
-        let mut used = put_item(&mut control, 0, libc::IP_TTL, c_int::from(out.ttl.max(1)));
-        used = put_item(&mut control, used, libc::IP_TOS, c_int::from(out.tos));
+        let mut used =
+            put_item(&mut control, 0, (libc::IPPROTO_IP, libc::IP_TTL), c_int::from(out.ttl.max(1)));
+        used = put_item(&mut control, used, (libc::IPPROTO_IP, libc::IP_TOS), c_int::from(out.tos));
         if let Some(from) = out.from {
             let spec = libc::in_addr { s_addr: u32::from_ne_bytes(from.octets()) };
             let any = libc::in_addr { s_addr: 0 };
             let info = libc::in_pktinfo { ipi_ifindex: 0, ipi_spec_dst: spec, ipi_addr: any };
-            used = put_item(&mut control, used, libc::IP_PKTINFO, info);
+            used = put_item(&mut control, used, (libc::IPPROTO_IP, libc::IP_PKTINFO), info);
+        }
+        if out.segment > 0 {
+            used = put_item(&mut control, used, (libc::SOL_UDP, libc::UDP_SEGMENT), out.segment);
         }
         let mut name = to_sockaddr(out.to);
         let mut header = empty_header();
