@@ -1,16 +1,19 @@
 //! What the NAT asks of the host: the only door to sockets.
 //!
-//! [`StreamHost`] is what TCP needs; datagram protocols need [`DatagramHost`]. The real host is
-//! [`SysHost`](super::sys::SysHost); tests play one of their own and so need neither sockets nor clocks.
+//! [`StreamHost`] is what TCP needs; datagram protocols need [`DatagramHost`]; [`Machine`] adds the events and the
+//! clock that turn them into a network. The real host is [`SysHost`](super::sys::SysHost); tests play one of their own
+//! and so need neither sockets nor clocks.
 //! Nothing here blocks. An error is the host's own `io::Error` with its errno, because what the guest is told
 //! depends on it.
 
 use std::io;
 use std::net::SocketAddrV4;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
 
-use super::poller::Token;
+use super::poller::{Events, Token};
 use super::udp::DatagramHost;
 
 /// A socket of the host. It is open until [`StreamHost::close`]; the number is used again afterwards.
@@ -125,3 +128,21 @@ pub(crate) trait StreamHost {
 pub(crate) trait Host: StreamHost + DatagramHost {}
 
 impl<T: StreamHost + DatagramHost> Host for T {}
+
+/// A host with its events and its clock: what the whole NAT runs on. Its descriptor is readable while [`Self::poll`]
+/// has something to report.
+pub(crate) trait Machine: Host + AsFd + Send {
+    /// The time. It never goes back.
+    fn now(&self) -> Instant;
+
+    /// Collects the events that have happened, each once: a level that stays is not reported again. Says whether there
+    /// may be more.
+    fn poll(&mut self, into: &mut Vec<(Token, Events)>) -> bool;
+
+    /// Sets the one timer: an event of [`Owner::Timer`](super::poller::Owner::Timer) comes when `after` has passed. An
+    /// earlier setting is forgotten.
+    fn set_timer(&mut self, after: Duration);
+
+    /// How many sockets are open.
+    fn open_sockets(&self) -> usize;
+}

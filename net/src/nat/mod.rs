@@ -59,6 +59,7 @@ pub use subnet::{Choice, NoFreeSubnet, Taken, choose, taken_by_host};
 use self::arp::Arp;
 use self::cx::{Cx, ServiceStream};
 use self::fragment::{Reassembled, Reassembler};
+use self::host::Machine;
 use self::icmp::Icmp;
 use self::icmp::error::IcmpError;
 use self::ipv4::{Fragment, HEAD_MAX, Ipv4In, protocol};
@@ -103,7 +104,7 @@ struct Shared {
     neighbours: Neighbours,
     outbox: Outbox,
     counters: Counters,
-    host: SysHost,
+    host: Box<dyn Machine>,
     streams: Vec<ServiceStream>,
     budget: usize,
     icmp_errors: icmp::error::Budget,
@@ -118,7 +119,7 @@ impl Shared {
             neighbours: &mut self.neighbours,
             outbox: &mut self.outbox,
             counters: &mut self.counters,
-            host: &mut self.host,
+            host: &mut *self.host,
             streams: &mut self.streams,
             budget: &mut self.budget,
             icmp_errors: &mut self.icmp_errors,
@@ -137,6 +138,12 @@ impl Nat {
         sys::raise_descriptor_limit();
         let failed = |source| NatError::System { what: "epoll, timerfd and sockets", source };
         let host = SysHost::new().map_err(failed)?;
+        Self::on(config, Box::new(host))
+    }
+
+    /// The network on a host.
+    fn on(config: NatConfig, host: Box<dyn Machine>) -> Result<Self, NatError> {
+        let now = host.now();
         let mut nat = Self {
             arp: Arp::new(config.subnet, config.gateway_mac),
             fragments: Reassembler::default(),
@@ -159,8 +166,8 @@ impl Nat {
                 icmp_errors: icmp::error::Budget::default(),
             },
         };
-        nat.tcp.open_listeners(&mut nat.shared.cx(Instant::now()))?;
-        nat.udp.open_published(&mut nat.shared.cx(Instant::now()))?;
+        nat.tcp.open_listeners(&mut nat.shared.cx(now))?;
+        nat.udp.open_published(&mut nat.shared.cx(now))?;
         Ok(nat)
     }
 
@@ -171,7 +178,8 @@ impl Nat {
 
     /// Where the published TCP ports listen, once the host has chosen the ports that were given as 0.
     pub fn published(&mut self) -> Vec<(Publish, std::net::SocketAddrV4)> {
-        self.tcp.published(&mut self.shared.cx(Instant::now()))
+        let now = self.shared.host.now();
+        self.tcp.published(&mut self.shared.cx(now))
     }
 
     /// How many sockets of the host are open for the guests, listeners and the gateway's services included.
@@ -191,7 +199,7 @@ impl Nat {
 
     /// The DHCP leases that hold, in the order of their addresses.
     pub fn leases(&self) -> Vec<Lease> {
-        self.services.leases(Instant::now()).collect()
+        self.services.leases(self.shared.host.now()).collect()
     }
 
     /// Open UDP sockets (published ports included) and ping sockets.
@@ -209,7 +217,7 @@ impl Nat {
     }
 
     fn now(&mut self) -> Instant {
-        *self.turn.get_or_insert_with(Instant::now)
+        *self.turn.get_or_insert_with(|| self.shared.host.now())
     }
 
     fn ethernet(&mut self, frame: &TxFrame<'_>, len: usize) -> Result<(), DropReason> {

@@ -13,12 +13,12 @@ use std::io;
 use std::mem::{size_of, zeroed};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use libc::{c_int, c_void, iovec};
 use vm_memory::VolatileSlice;
 
-use super::host::{Close, SendSpace, SockId, StreamHost};
+use super::host::{Close, Machine, SendSpace, SockId, StreamHost};
 use super::poller::{Events, Owner, Token};
 
 /// Pieces of one read or write; what does not fit is left for the next.
@@ -150,11 +150,6 @@ impl SysHost {
         unsafe { libc::poll(&raw mut poll, 1, millis) == 1 }
     }
 
-    /// How many sockets are open.
-    pub(crate) fn open_sockets(&self) -> usize {
-        self.open.iter().flatten().count()
-    }
-
     /// Takes over a descriptor that a module made itself.
     pub(crate) fn adopt(&mut self, fd: OwnedFd) -> SockId {
         self.insert(fd, Kind::Other)
@@ -163,33 +158,6 @@ impl SysHost {
     /// A descriptor, for a module's own calls.
     pub(crate) fn fd(&self, sock: SockId) -> Option<BorrowedFd<'_>> {
         self.entry(sock).map(|open| open.fd.as_fd())
-    }
-
-    /// Collects the events that have happened. Says whether there may be more.
-    pub(crate) fn poll(&mut self, into: &mut Vec<(Token, Events)>) -> bool {
-        let mut events = [libc::epoll_event { events: 0, u64: 0 }; MAX_EVENTS];
-        let room = c_int::try_from(events.len()).unwrap_or(c_int::MAX);
-        // SAFETY: the array has room for the number of events that is passed.
-        let n = unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), events.as_mut_ptr(), room, 0) };
-        let n = usize::try_from(n).unwrap_or(0);
-        for event in &events[..n] {
-            let bits = event.u64;
-            into.extend(Token::from_bits(bits).map(|token| (token, to_events(event.events))));
-        }
-        n == MAX_EVENTS
-    }
-
-    /// Sets the timer: `Owner::Timer` is ready when `after` has passed.
-    pub(crate) fn set_timer(&mut self, after: Duration) {
-        let value = libc::timespec {
-            tv_sec: i64::try_from(after.as_secs()).unwrap_or(i64::MAX),
-            // Zero would disarm it.
-            tv_nsec: i64::from(after.subsec_nanos().max(1)),
-        };
-        let spec =
-            libc::itimerspec { it_interval: libc::timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
-        // SAFETY: `spec` is valid for the call; the old value is not asked for.
-        unsafe { libc::timerfd_settime(self.timer.as_raw_fd(), 0, &raw const spec, std::ptr::null_mut()) };
     }
 
     fn register(&self, fd: RawFd, token: Token) -> io::Result<()> {
@@ -248,6 +216,41 @@ impl SysHost {
             open.peek_at = offset;
         }
         Ok(true)
+    }
+}
+
+impl Machine for SysHost {
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    fn poll(&mut self, into: &mut Vec<(Token, Events)>) -> bool {
+        let mut events = [libc::epoll_event { events: 0, u64: 0 }; MAX_EVENTS];
+        let room = c_int::try_from(events.len()).unwrap_or(c_int::MAX);
+        // SAFETY: the array has room for the number of events that is passed.
+        let n = unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), events.as_mut_ptr(), room, 0) };
+        let n = usize::try_from(n).unwrap_or(0);
+        for event in &events[..n] {
+            let bits = event.u64;
+            into.extend(Token::from_bits(bits).map(|token| (token, to_events(event.events))));
+        }
+        n == MAX_EVENTS
+    }
+
+    fn set_timer(&mut self, after: Duration) {
+        let value = libc::timespec {
+            tv_sec: i64::try_from(after.as_secs()).unwrap_or(i64::MAX),
+            // Zero would disarm it.
+            tv_nsec: i64::from(after.subsec_nanos().max(1)),
+        };
+        let spec =
+            libc::itimerspec { it_interval: libc::timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
+        // SAFETY: `spec` is valid for the call; the old value is not asked for.
+        unsafe { libc::timerfd_settime(self.timer.as_raw_fd(), 0, &raw const spec, std::ptr::null_mut()) };
+    }
+
+    fn open_sockets(&self) -> usize {
+        self.open.iter().flatten().count()
     }
 }
 
