@@ -13,8 +13,8 @@
 //!                        └ offset 0 of the socket's receive buffer
 //! ```
 //!
-//! `snd_nxt` is behind `snd_max` only while everything is sent again ([`super::recovery`]). `fin` is the sequence number of our FIN once the
-//! socket's end was seen.
+//! `snd_nxt` is behind `snd_max` only while everything is sent again ([`super::recovery`]). `fin` is the sequence
+//! number of our FIN once the socket's end was seen.
 
 use std::time::{Duration, Instant};
 

@@ -13,8 +13,8 @@
 //! window takes directly into its buffers; an acknowledgement discards them from the socket; a retransmission peeks
 //! them again. The socket's end becomes a FIN behind the last byte, its error a RST.
 //!
-//! **Options** ([`options`]): window scale, timestamps ([`stamps`]) and SACK ([`sack`], [`recovery`]), each if the guest's SYN
-//! has it; all are offered in ours.
+//! **Options** ([`options`]): window scale, timestamps ([`stamps`]) and SACK ([`sack`], [`recovery`]), each if the
+//! guest's SYN has it; all are offered in ours.
 //!
 //! **Published ports** ([`listen`]) are flows that begin with our SYN.
 //!
@@ -25,8 +25,8 @@
 //! **Limits.** [`Limits::tcp_flows`](crate::nat::Limits::tcp_flows) connections: the next SYN gets a RST, and one line in
 //! the log. A connection costs a descriptor, about 300 bytes here, and what the kernel charges for its socket. An
 //! idle one is probed after two hours. A guest that does not answer is given up after 12 attempts, a SYN of ours after
-//! four. TIME-WAIT: [`state`]. Not done: urgent data out of line (delivered in line), ECN, SACK
-//! blocks of ours ([`segment`]), simultaneous open (refused).
+//! four. TIME-WAIT: [`state`]. Not done: urgent data out of line (delivered in line), ECN, SACK blocks of ours
+//! ([`segment`]), simultaneous open (refused).
 
 mod dial;
 mod flow;

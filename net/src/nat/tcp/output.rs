@@ -257,15 +257,15 @@ impl Flow {
 
     /// `len` sequence numbers were sent.
     fn advance(&mut self, cx: &Cx<'_>, len: u32) {
-        let new = self.snd_nxt == self.snd_max;
+        let again = self.snd_max.wrapping_sub(self.snd_nxt).min(len);
         self.snd_nxt = self.snd_nxt.wrapping_add(len);
         if before(self.snd_max, self.snd_nxt) {
             self.snd_max = self.snd_nxt;
         }
-        if new {
+        if again == 0 {
             self.rto.sent(self.snd_nxt, cx.now);
         } else {
-            self.sent_again(len);
+            self.sent_again(again);
         }
     }
 }

@@ -1,9 +1,9 @@
 //! TCP segments on the wire (RFC 9293 §3.1): parsed once from copied bytes, built in one place.
 //!
 //! Refused: shorter than its header, a data offset below five words or behind the end, a wrong checksum, and the
-//! flag combinations that no state can answer (SYN with FIN or RST, none at all). Options: [`super::options`]. We send MSS,
-//! window scale, SACK-permitted and timestamps on a SYN, timestamps on all others where they are agreed. We never send
-//! SACK blocks, because nothing out of order is kept (RFC 2018 §3 leaves it to the receiver).
+//! flag combinations that no state can answer (SYN with FIN or RST, none at all). Options: [`super::options`]. We send
+//! MSS, window scale, SACK-permitted and timestamps on a SYN, timestamps on all others where they are agreed. We never
+//! send SACK blocks, because nothing out of order is kept (RFC 2018 §3 leaves it to the receiver).
 
 use std::net::SocketAddrV4;
 
