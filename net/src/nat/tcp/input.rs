@@ -172,11 +172,14 @@ impl Flow {
         self.heard_from(cx);
         let window = u32::from(segment.window) << self.guest_shift_in_use();
         let repeats = segment.ack == self.snd_una && segment.seq_len() == 0 && window == self.snd_wnd;
-        if before(self.snd_una, segment.ack) {
+        let advances = before(self.snd_una, segment.ack);
+        if advances {
             self.acked(cx, segment);
         }
         self.take_blocks(segment.ack, &segment.options, repeats);
-        let newer = before(self.snd_wl1, segment.seq)
+        // What is sent again is old, and yet the latest word if it acknowledges more.
+        let newer = advances
+            || before(self.snd_wl1, segment.seq)
             || self.snd_wl1 == segment.seq && !before(segment.ack, self.snd_wl2);
         if newer && !before(segment.ack, self.snd_una) {
             self.snd_wnd = window;
