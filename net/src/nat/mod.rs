@@ -38,6 +38,8 @@ mod outbox;
 mod policy;
 mod poller;
 mod services;
+#[cfg(test)]
+mod sim;
 mod subnet;
 mod sys;
 mod tcp;
