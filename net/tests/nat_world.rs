@@ -120,13 +120,19 @@ in_namespace! {
 
     fn nobody_but_the_one_who_was_asked_may_answer() {
         let world = World::new();
-        let (mut guest, server) = (guest(), world.world.socket(700));
+        let mut guest = guest();
+        let other = Ipv4Addr::new(10, 0, 1, 3);
+        let [server, elsewhere] = world.world.run(move || {
+            ip(&format!("address add {other}/24 dev eth0"));
+            [WORLD, other].map(|addr| UdpSocket::bind((addr, 700)).unwrap())
+        });
         guest.send(&Udp::new(4000, WORLD, 700, b"x"));
         let (_, from) = server.recv_from(&mut [0; 10]).unwrap();
         world.world.socket(701).send_to(b"from another port", from).unwrap();
+        elsewhere.send_to(b"from another address", from).unwrap();
         server.send_to(b"from the right one", from).unwrap();
         assert_eq!(guest.udp().payload, b"from the right one");
-        assert_eq!(guest.nat.counters().dropped(DropReason::NoFlow), 1);
+        assert_eq!(guest.nat.counters().dropped(DropReason::NoFlow), 2);
     }
 
     fn a_closed_port_of_the_world_becomes_port_unreachable() {
