@@ -10,13 +10,19 @@
 mod common;
 #[path = "nat_world/guest.rs"]
 mod guest;
+#[path = "nat_tcp/smol.rs"]
+#[allow(dead_code, reason = "each test binary uses its part")]
+mod smol;
+#[path = "nat_tcp/sys.rs"]
+mod sys;
 
-use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use common::{ip, sys};
+use common::ip;
 use guest::{Guest, Icmp, Udp};
 use net::nat::{Nat, NatConfig};
 use net::{DropReason, FramePort};
@@ -35,8 +41,8 @@ impl Place {
         let (jobs, inbox) = mpsc::channel::<Job>();
         let (ready, tid) = mpsc::channel();
         thread::spawn(move || {
-            sys::new_namespace().unwrap();
-            ready.send(sys::thread_id()).unwrap();
+            common::sys::new_namespace().unwrap();
+            ready.send(common::sys::thread_id()).unwrap();
             inbox.into_iter().for_each(|job| job());
         });
         Self(jobs, tid.recv().unwrap())
@@ -192,6 +198,39 @@ in_namespace! {
         assert_eq!(server.recv_from(&mut [0; 2000]).unwrap().0, 1252);
         guest.send(&Udp::new(4000, WORLD, 700, &[7; 1400]));
         assert_eq!(server.recv_from(&mut [0; 2000]).unwrap().0, 1400, "without DF it is cut on the way");
+    }
+
+    fn a_connection_finds_the_mtu_of_the_way() {
+        const LEN: usize = 1 << 20;
+        let world = World::new();
+        let listener = world.world.run(|| {
+            // It does not let on how small its own MTU is.
+            ip("route change default via 10.0.1.254 advmss 1460");
+            TcpListener::bind((WORLD, 80)).unwrap()
+        });
+        let received = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut got = vec![0; LEN];
+            stream.read_exact(&mut got).unwrap();
+            stream.write_all(&got).unwrap();
+            got
+        });
+        let mut guest = smol::Smol::new(Nat::new(NatConfig::default()).unwrap());
+        let handle = guest.connect(SocketAddrV4::new(WORLD, 80), 40_000);
+        let data: Vec<u8> = (0..LEN).map(|i| (i % 251) as u8).collect();
+        let (mut sent, mut got) = (0, Vec::new());
+        guest.until(|guest| {
+            let socket = guest.socket(handle);
+            if socket.can_send() && sent < LEN {
+                sent += socket.send_slice(&data[sent..]).unwrap();
+            }
+            while socket.can_recv() {
+                socket.recv(|bytes| { got.extend_from_slice(bytes); (bytes.len(), ()) }).unwrap();
+            }
+            got.len() == LEN
+        });
+        assert!(got == data && received.join().unwrap() == data);
+        assert!(ip(&format!("route get {WORLD}")).contains("mtu 1280"), "the host was told by the router");
     }
 
     fn datagrams_of_any_size_cross_in_fragments() {
