@@ -97,6 +97,8 @@ pub struct Nat {
     /// When the timer will fire.
     armed: Option<Instant>,
     events: Vec<(Token, Events)>,
+    /// Whose frames come first in the next turn: TCP's (0), UDP's (1), ICMP's (2).
+    first: usize,
 }
 
 /// What [`Cx`] lends out of.
@@ -156,6 +158,7 @@ impl Nat {
             turn: None,
             armed: None,
             events: Vec::new(),
+            first: 0,
             shared: Shared {
                 neighbours: Neighbours::new(config.limits.neighbours),
                 config,
@@ -383,10 +386,15 @@ impl Nat {
             return Received::RingFull;
         }
         let mut cx = self.shared.cx(now);
-        for outcome in
-            [self.tcp.emit(&mut cx, ring), self.udp.emit(&mut cx, ring), self.icmp.emit(&mut cx, ring)]
-        {
+        for turn in self.first..self.first + 3 {
+            let outcome = match turn % 3 {
+                0 => self.tcp.emit(&mut cx, ring),
+                1 => self.udp.emit(&mut cx, ring),
+                _ => self.icmp.emit(&mut cx, ring),
+            };
             if outcome != Received::Drained {
+                // Who used up the turn is last in the next one: bulk data do not keep datagrams waiting.
+                self.first = (turn + 1) % 3;
                 return outcome;
             }
         }
