@@ -133,13 +133,18 @@ impl Endpoint {
         }
     }
 
+    /// Bytes that arrived in order.
+    pub(super) fn received(&self) -> u64 {
+        self.rcv.saturating_sub(1 + u64::from(self.fin))
+    }
+
     pub(super) fn next(&self) -> Option<Duration> {
         if self.outcome.is_some() { None } else { [self.rto_at, self.app_at].into_iter().flatten().min() }
     }
 
     fn bytes(&self, flags: u8, seq: u64, data: &[u8], offload: bool) -> (VnetHdr, Vec<u8>) {
         let own = if self.scaled { 2 } else { 0 };
-        let space = self.cap - (self.rcv.saturating_sub(1 + u64::from(self.fin))).saturating_sub(self.got);
+        let space = self.cap - self.received().saturating_sub(self.got);
         let shift = if flags & SYN != 0 { 0 } else { own };
         let window = (space >> shift).min(65_535) as u16;
         let mut tcp = vec![0; 20];
@@ -358,7 +363,7 @@ impl Endpoint {
 
     fn push(&mut self, out: &mut Vec<(VnetHdr, Vec<u8>)>, flags: u8, seq: u64, data: &[u8], offload: bool) {
         out.push(self.bytes(flags, seq, data, offload));
-        let space = self.cap - (self.rcv.saturating_sub(1 + u64::from(self.fin))).saturating_sub(self.got);
+        let space = self.cap - self.received().saturating_sub(self.got);
         self.edge = self.edge.max(self.rcv + space);
         self.ack = false;
     }
