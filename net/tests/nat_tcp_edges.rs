@@ -143,6 +143,17 @@ in_namespace! {
         assert_eq!(String::from_utf8(result.recv().unwrap()).unwrap(), "before!after");
     }
 
+    fn the_worlds_urgent_data_arrive_in_line() {
+        if !common::has_tun() {
+            return;
+        }
+        world();
+        let addr = server(send_urgent);
+        let network = Network::new(NatConfig::default(), ALL);
+        let got = network.guest(move || read_urgent(TcpStream::connect(addr).unwrap()));
+        assert_eq!(String::from_utf8(got).unwrap(), "before!after");
+    }
+
     fn the_guests_keepalives_are_answered() {
         if !common::has_tun() {
             return;

@@ -195,6 +195,8 @@ impl SysHost {
         set_option(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, &1i32)?;
         // A peer that vanished is noticed after two hours (RFC 9293 §3.8.4).
         set_option(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, &1i32)?;
+        // Urgent data stay in line (RFC 6093 §6): out of line, reads would skip a byte that was peeked at and counted.
+        set_option(fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, &1i32)?;
         if self.peek_off {
             set_option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &0i32)?;
         }
