@@ -237,7 +237,6 @@ in_namespace! {
         network.guest(|| {
             let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
             socket.set_broadcast(true).unwrap();
-            socket.set_multicast_ttl_v4(64).unwrap();
             for group in ["224.0.0.251:5353", "192.168.122.255:9", "255.255.255.255:9"] {
                 socket.send_to(b"anybody?", group).unwrap();
             }

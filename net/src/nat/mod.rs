@@ -67,6 +67,7 @@ use self::icmp::error::IcmpError;
 use self::ipv4::{Fragment, HEAD_MAX, Ipv4In, protocol};
 use self::neighbours::Neighbours;
 use self::outbox::Outbox;
+use self::policy::Route;
 use self::poller::{Events, Owner, Token};
 use self::services::Services;
 use self::sys::SysHost;
@@ -260,7 +261,9 @@ impl Nat {
             return Err(DropReason::BadVnetHdr);
         }
         self.check_source(&packet, now)?;
-        if packet.ttl <= 1 && packet.dst != self.shared.config.gateway() && !packet.dst.is_broadcast() {
+        // What is for a group says so, though it mostly has a TTL of 1; no error answers it (RFC 1122 §3.2.2).
+        let passes = !matches!(policy::route(&self.shared.config, packet.dst), Route::Gateway | Route::Group);
+        if packet.ttl <= 1 && passes {
             icmp::error::post(&mut self.shared.cx(now), packet.src, IcmpError::TtlExceeded, packet.quote());
             return Err(DropReason::TtlExceeded);
         }
