@@ -31,6 +31,7 @@ use crate::{
 const SEEDS: u64 = 32;
 /// Seeds that failed once, with what they found.
 const FOUND: &[u64] = &[
+    2,   // a retransmission that acknowledged more left the old window in place, and its edge moved
     231, // TCP used up every turn, and datagrams waited in their sockets until these were closed
 ];
 /// Connections of a run; of every sixteenth run, with several hundred at once.
