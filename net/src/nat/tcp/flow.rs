@@ -74,6 +74,8 @@ bitflags::bitflags! {
         const SACK = 2048;
         /// Only holes are sent again.
         const SELECTIVE = 4096;
+        /// The socket has told its error to us, which it does once.
+        const TOLD = 8192;
     }
 }
 

@@ -229,7 +229,7 @@ impl Flow {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.took(0, len),
                 Err(error) => {
                     tracing::debug!(guest = %self.key.guest, world = %self.key.world, %error, "TCP: send");
-                    self.marks |= Marks::DEAD | Marks::READABLE;
+                    self.marks |= Marks::DEAD | Marks::TOLD | Marks::READABLE;
                     return;
                 }
             }

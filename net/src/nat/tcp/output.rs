@@ -87,7 +87,8 @@ impl Flow {
     fn wind_up(&mut self) {
         if self.state == State::TimeWait {
             self.finish(End::Quiet(Close::Graceful));
-        } else if self.marks.contains(Marks::DEAD) {
+        } else if self.marks.contains(Marks::DEAD) && (self.marks.contains(Marks::TOLD) || !self.has_data()) {
+            // A guest that waits reads to the end first; one that still sends must hear that it is in vain.
             self.finish(End::Reset(Close::Reset));
         }
     }
@@ -228,14 +229,16 @@ impl Flow {
     /// The socket gave nothing from `seq` on.
     fn no_data(&mut self, seq: u32, outcome: io::Result<usize>) -> Put {
         match outcome {
-            // The error was told before; there is no orderly end.
-            Ok(_) if self.marks.contains(Marks::DEAD) => {
+            // The error was told before: whether there was an orderly end is not to be had any more.
+            Ok(_) if self.marks.contains(Marks::TOLD) => {
                 self.marks -= Marks::READABLE;
                 Put::Nothing
             }
+            // The end comes before an error: the world's RST followed its FIN, and answered an ACK of the host that the
+            // world no longer knew. The guest gets the FIN, and a RST if it sends anything more.
             Ok(_) if seq == self.snd_nxt => {
                 self.fin = Some(seq);
-                self.marks -= Marks::READABLE;
+                self.marks -= Marks::READABLE | Marks::DEAD;
                 // `put_next` sends the FIN when it is called again.
                 Put::Sent
             }
@@ -249,7 +252,7 @@ impl Flow {
             outcome => {
                 tracing::debug!(guest = %self.key.guest, world = %self.key.world, ?outcome, "TCP: receive");
                 self.marks -= Marks::READABLE;
-                self.marks |= Marks::DEAD;
+                self.marks |= Marks::DEAD | Marks::TOLD;
                 Put::Nothing
             }
         }

@@ -157,7 +157,8 @@ impl StreamHost for SimHost {
         assert!(offset <= sock.inbox.len(), "peeked at {offset} of {}", sock.inbox.len());
         let bytes: Vec<u8> = sock.inbox.iter().skip(offset).take(max).copied().collect();
         if bytes.is_empty() {
-            return match sock.error.take() {
+            // As Linux: the end that came in order is told for ever, an error once.
+            return match sock.error.take_if(|_| !sock.eof) {
                 Some(error) => Err(io::Error::from_raw_os_error(error)),
                 None if sock.eof => Ok(0),
                 None => Err(io::ErrorKind::WouldBlock.into()),

@@ -119,6 +119,34 @@ fn the_worlds_rst_reaches_the_guest_behind_the_data() {
 }
 
 #[test]
+fn data_in_front_of_the_worlds_rst_wait_for_the_guests_window() {
+    let mut bench = Bench::established();
+    bench.send(&seg(Flags::ACK, 1, 1).window(0));
+    bench.sock().inbox.extend(b"last");
+    bench.sock().error = Some(libc::ECONNRESET);
+    bench.event(Events::READ | Events::ERROR | Events::CLOSED);
+    assert_eq!(bench.turn(), NOTHING);
+    bench.send(&seg(Flags::ACK, 1, 1).window(100));
+    assert_eq!(bench.turn(), ["ACK 1+4 ack 1", "RST ACK 5+0 ack 1"]);
+}
+
+#[test]
+fn a_rst_behind_the_worlds_fin_leaves_the_guest_its_data_and_the_fin() {
+    let mut bench = Bench::established();
+    bench.send(&seg(Flags::ACK, 1, 1).window(0));
+    bench.sock().inbox.extend(b"all");
+    bench.world_closes();
+    bench.sock().error = Some(libc::ECONNRESET);
+    bench.event(Events::READ | Events::READ_CLOSED | Events::ERROR | Events::CLOSED);
+    assert_eq!(bench.turn(), NOTHING);
+    bench.send(&seg(Flags::ACK, 1, 1).window(100));
+    assert_eq!(bench.turn(), ["ACK 1+3 ack 1", "FIN ACK 4+0 ack 1"]);
+    // Only whoever still sends is told.
+    bench.send(&seg(Flags::ACK, 1, 5).data(b"more"));
+    assert_eq!(bench.turn(), ["ACK 5+0 ack 1", "RST ACK 5+0 ack 1"]);
+}
+
+#[test]
 fn data_for_a_world_that_is_gone_become_a_rst() {
     let mut bench = Bench::established();
     bench.sock().error = Some(libc::EPIPE);
