@@ -252,8 +252,8 @@ in_namespace! {
         let world = World::new();
         let (mut guest, server) = (guest(), world.world.socket(700));
         let mut buf = [0; 2000];
-        // The second row is longer than what a host cuts in one go, the third has nothing to be cut.
-        for (size, len) in [(1200, 5 * 1200 + 7), (100, 200 * 100), (1000, 1000), (1000, 400)] {
+        // The host does not cut the second row, whose datagrams are larger than its MTU; the third has nothing to be cut.
+        for (size, len) in [(1200, 5 * 1200 + 7), (1480, 3 * 1480), (1000, 1000), (1000, 400)] {
             let payload: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();
             guest.send_row(&Udp::new(4000, WORLD, 700, &payload), size);
             for sent in payload.chunks(size.into()) {
@@ -261,6 +261,8 @@ in_namespace! {
                 assert_eq!((&buf[..n], from.port()), (sent, 4000), "{len} bytes in rows of {size}");
             }
         }
+        guest.send_row(&Udp::new(4000, WORLD, 700, &[1; 129]), 1);
+        assert_eq!(guest.nat.counters().dropped(DropReason::BadVnetHdr), 1, "one frame, more work than Linux asks for");
     }
 
     fn a_ping_is_answered_by_the_one_it_asked() {

@@ -8,7 +8,8 @@
 //!
 //! **Out.** A guest's address and port gets one socket ([`flow`]), on the same port of the host if that is at least
 //! 1024 and free, on any other port if not. TTL (less one), TOS and DF go along with each datagram. A
-//! super-segment of a guest (`VIRTIO_NET_F_HOST_USO`) goes out in one call, and the host cuts it. What the host
+//! super-segment of a guest (`VIRTIO_NET_F_HOST_USO`) of at most
+//! [`MAX_ROW`] datagrams goes out in one call, and the host cuts it. What the host
 //! refuses at once and what the world sends back later ([`IP_RECVERR`](socket)) reaches the guest as an ICMP error from
 //! whoever said it, quoting the guest's own headers: a closed port, a TTL that ran out, a packet too big for the way.
 //!
@@ -55,6 +56,9 @@ use crate::{
 
 /// Datagrams of one socket in a row.
 pub(crate) const TURN: usize = 16;
+/// Datagrams of one super-segment: as many as Linux puts into one (`UDP_MAX_SEGMENTS`). More would be work that a guest makes
+/// us do with one frame.
+const MAX_ROW: usize = 128;
 /// Errors of one socket in a row.
 const MAX_ERRORS: usize = 32;
 
@@ -292,6 +296,9 @@ impl Udp {
             GsoType::UdpL4 => usize::from(packet.vnet.gso_size),
             GsoType::None | GsoType::Udp | GsoType::Tcp4 | GsoType::Tcp6 => datagram.len,
         };
+        if datagram.len > step.saturating_mul(MAX_ROW) {
+            return Err(DropReason::BadVnetHdr);
+        }
         if step > 0 && step < datagram.len {
             let row = Outgoing { segment: packet.vnet.gso_size, ..out };
             if cx.host.send_datagram(sock, &row, &mut packet.payload.parts(UDP_LEN, datagram.len)).is_ok() {
