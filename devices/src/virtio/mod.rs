@@ -32,10 +32,12 @@ use vmm_sys_util::eventfd::EventFd;
 mod interrupt;
 pub mod mmio;
 pub mod net;
+mod pieces;
 mod queue;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod vsock;
 
 pub use interrupt::Interrupt;
 pub use queue::{Direction, MAX_DESCRIPTORS, QueueError, Ring};

@@ -123,6 +123,10 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) pcap: Option<PathBuf>,
 
+    /// Give the guest virtio-vsock (CID 3), reached through this Unix socket; see docs/vsock.md
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
+    pub(crate) vsock: Option<PathBuf>,
+
     /// Write the console to a file instead of the terminal
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) console: Option<PathBuf>,

@@ -51,6 +51,13 @@ fn check(args: &RunArgs) -> Result<(), Failure> {
             "--host-access would open the lab's own 127.0.0.1, not this host's; leave it out"
         )));
     }
+    if let Some(path) = &args.vsock {
+        return Err(Failure::usage(anyhow!(
+            "--vsock {} would be a socket of the lab, out of this host's reach; run the client in the lab, too \
+             (pontoon lab -- sh -c '…', docs/vsock.md), or leave it out",
+            path.display()
+        )));
+    }
     Ok(())
 }
 

@@ -112,6 +112,9 @@ fn run_here(args: &RunArgs, boot: &Boot) -> Result<u8, Failure> {
     if let Some(nic) = plugged.nic {
         builder = builder.nic(nic);
     }
+    if let Some(path) = &args.vsock {
+        builder = builder.vsock(path);
+    }
     let machine = console(builder, args, boot)?.build().map_err(build_failure)?;
     let signals = Signals::catch().context("catching signals").map_err(Failure::machine)?;
     // From here on the terminal is raw, so that ctrl-C is the guest's; the guard gives it back.
@@ -244,6 +247,7 @@ fn build_failure(error: BuildError) -> Failure {
         | BuildError::TooManyDevices { .. }
         | BuildError::Memory(_)
         | BuildError::Boot(_)
+        | BuildError::Vsock(_)
         | BuildError::Vm(VmError::Host(_) | VmError::Cpus { .. }) => Failure::usage(error),
         BuildError::Vm(_) | BuildError::Acpi(_) | BuildError::Device { .. } | BuildError::Layout(_) => {
             Failure::machine(error)

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 use std::thread;
 
@@ -10,6 +11,7 @@ use devices::serial::Hold;
 use devices::virtio::VirtioDevice;
 use devices::virtio::net::Net;
 use devices::virtio::rng::Rng;
+use devices::virtio::vsock::{GUEST_CID, Vsock};
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::VcpuFd;
 use net::{FramePort, MacAddr};
@@ -50,6 +52,7 @@ pub struct MachineBuilder {
     cmdline: String,
     bare_metal: bool,
     nics: Vec<Nic>,
+    vsock: Option<PathBuf>,
     entropy: bool,
     virtio: Vec<(Box<dyn VirtioDevice>, Worker)>,
     serial_output: Box<dyn Write + Send>,
@@ -68,6 +71,7 @@ impl MachineBuilder {
             cmdline: DEFAULT_CMDLINE.into(),
             bare_metal: false,
             nics: Vec::new(),
+            vsock: None,
             entropy: true,
             virtio: Vec::new(),
             serial_output: Box::new(io::sink()),
@@ -127,6 +131,14 @@ impl MachineBuilder {
         self
     }
 
+    /// A virtio-vsock device (guest CID [`GUEST_CID`]) that listens on the Unix socket `path`: see [`devices::virtio::vsock`] for what
+    /// clients say there, and where the guest's own connections go. The file has mode 0600 and goes with the machine.
+    #[must_use]
+    pub fn vsock(mut self, path: impl Into<PathBuf>) -> Self {
+        self.vsock = Some(path.into());
+        self
+    }
+
     /// Whether the machine has a virtio entropy device. It has, unless said otherwise.
     #[must_use]
     pub fn entropy(mut self, entropy: bool) -> Self {
@@ -135,7 +147,7 @@ impl MachineBuilder {
     }
 
     /// Adds a virtio device: the half for the transport, and the half for the I/O thread. Devices are numbered in the
-    /// order: network interfaces, these, entropy.
+    /// order: network interfaces, vsock, these, entropy.
     #[must_use]
     pub fn virtio(
         mut self,
@@ -182,7 +194,10 @@ impl MachineBuilder {
     /// [`BuildError`], one variant per concern.
     pub fn build(self) -> Result<Machine, BuildError> {
         let kernel = self.kernel.as_ref().ok_or(BuildError::NoKernel)?;
-        let virtio_devices = self.nics.len() + self.virtio.len() + usize::from(self.entropy);
+        let virtio_devices = self.nics.len()
+            + usize::from(self.vsock.is_some())
+            + self.virtio.len()
+            + usize::from(self.entropy);
         if virtio_devices > MAX_VIRTIO_DEVICES {
             return Err(BuildError::TooManyDevices { asked: virtio_devices, max: MAX_VIRTIO_DEVICES });
         }
@@ -198,7 +213,7 @@ impl MachineBuilder {
         acpi::write(&memory, acpi::Hardware { cpus: self.cpus, virtio_devices })?;
         let end = End::new().map_err(|source| BuildError::Device { what: "end signal", source })?;
         let mut hardware = Hardware::new(&vm, self.serial_output)?;
-        let mut workers = virtio(&vm, &mut hardware, self.nics, self.virtio, self.entropy)?;
+        let mut workers = virtio(&vm, &mut hardware, self.nics, self.vsock, self.virtio, self.entropy)?;
         let hardware = Arc::new(hardware);
         let end = Arc::new(end);
         if let Some(source) = self.serial_input {
@@ -282,6 +297,7 @@ fn virtio(
     vm: &Vm,
     hardware: &mut Hardware,
     nics: Vec<Nic>,
+    vsock: Option<PathBuf>,
     others: Vec<(Box<dyn VirtioDevice>, Worker)>,
     entropy: bool,
 ) -> Result<Vec<Worker>, BuildError> {
@@ -290,6 +306,11 @@ fn virtio(
         let (device, worker) =
             Net::new(mac, port).map_err(|source| BuildError::Device { what: "network interface", source })?;
         hardware.watch_nic(device.monitor());
+        hardware.add_virtio(vm, Box::new(device))?;
+        workers.push(Box::new(worker));
+    }
+    if let Some(path) = vsock {
+        let (device, worker) = Vsock::new(GUEST_CID, &path)?;
         hardware.add_virtio(vm, Box::new(device))?;
         workers.push(Box::new(worker));
     }

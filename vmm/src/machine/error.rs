@@ -41,6 +41,9 @@ pub enum BuildError {
         /// What went wrong.
         source: io::Error,
     },
+    /// The vsock device's socket.
+    #[error(transparent)]
+    Vsock(#[from] devices::virtio::vsock::VsockError),
     /// Two devices at one address: a mistake in this program.
     #[error(transparent)]
     Layout(#[from] devices::BusError),

@@ -30,7 +30,6 @@ use super::{ActivateError, Activation, Ring, VirtioDevice};
 mod config;
 mod counters;
 mod ctrl;
-mod pieces;
 mod rx;
 #[cfg(test)]
 mod tests;

@@ -15,7 +15,7 @@ use net::{Lent, RxRing, VNET_HDR_LEN, VnetHdr};
 use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
 use super::counters::Turn;
-use super::pieces::{Spare, take_front};
+use crate::virtio::pieces::{Spare, take_front};
 use crate::virtio::{Direction, QueueError, Ring};
 
 /// Most pieces of one loan: what one `recvmsg` takes is 1024.

@@ -16,7 +16,7 @@ use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
 use super::config::{F_CSUM, F_HOST_ECN, F_HOST_TSO4, F_HOST_TSO6, F_HOST_USO};
 use super::counters::Turn;
-use super::pieces::take_front;
+use crate::virtio::pieces::take_front;
 use crate::virtio::{Direction, QueueError, Ring};
 
 /// Most frames of one turn.

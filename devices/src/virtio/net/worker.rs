@@ -21,10 +21,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{F_MRG_RXBUF, guest_offloads};
 use super::counters::Turn;
-use super::pieces::Spare;
 use super::rx::{RxScratch, RxTurn};
 use super::tx::{TxEnd, transmit};
 use super::{CTRL, RX, Shared, TX, ctrl};
+use crate::virtio::pieces::Spare;
 use crate::virtio::{Interrupt, Memory, QueueError, Ring};
 
 /// How often a turn asks the port again after the guest has refilled an exhausted ring.
