@@ -13,6 +13,7 @@ mod sys;
 #[allow(dead_code, reason = "each test binary uses its part")]
 mod world;
 
+use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Barrier, Mutex, mpsc};
@@ -21,9 +22,9 @@ use std::time::Duration;
 
 use kernel::Network;
 use net::nat::NatConfig;
-use net::{DropReason, FramePort};
+use net::{DropReason, FramePort, Offloads};
 use rustix::net::{SendFlags, sockopt};
-use world::{ALL, descriptors, echo, pattern, read_all, send_and_tell, server, world};
+use world::{ALL, descriptors, echo, exchange, pattern, read_all, send_and_tell, server, world};
 
 /// More than all buffers between two ends hold.
 const LEN: usize = 24 << 20;
@@ -85,7 +86,88 @@ fn the_world_stops_reading_for(hold: Duration) {
     network.until_no_flows();
 }
 
+/// Half a megabyte each way over a wire that loses every `nth` frame of each direction.
+fn nothing_is_lost_with(offloads: Offloads, nth: u64) {
+    const LEN: usize = 512 << 10;
+    if !common::has_tun() {
+        return;
+    }
+    world();
+    let (done, result) = mpsc::channel();
+    let addr = server(move |stream| drop(done.send(exchange(stream, pattern(LEN, 5)))));
+    let network = Network::lossy(NatConfig::default(), offloads, nth);
+    let got = network.guest(move || exchange(TcpStream::connect(addr).unwrap(), pattern(LEN, 6)));
+    assert!(got == pattern(LEN, 5), "world to guest: {} bytes", got.len());
+    assert!(result.recv().unwrap() == pattern(LEN, 6), "guest to world");
+    assert!(network.guest(retransmitted) > 0, "the guest sent nothing again: the wire lost nothing");
+}
+
+/// How many segments this namespace's TCP has sent again.
+fn retransmitted() -> u64 {
+    let text = fs::read_to_string("/proc/thread-self/net/snmp").unwrap();
+    let tcp: Vec<Vec<&str>> =
+        text.lines().filter(|l| l.starts_with("Tcp:")).map(|l| l.split(' ').collect()).collect();
+    let at = tcp[0].iter().position(|name| *name == "RetransSegs").unwrap();
+    tcp[1][at].parse().unwrap()
+}
+
+/// Waits until the end of the connection at `port` has sent a FIN that the other end's kernel has acknowledged.
+fn until_fin_is_acknowledged(port: u16) {
+    let here = format!(":{port:04X} ");
+    let is_in_fin_wait_2 = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        line.contains(&here) && fields[3] == "05"
+    };
+    while !fs::read_to_string("/proc/thread-self/net/tcp").unwrap().lines().any(is_in_fin_wait_2) {}
+}
+
 in_namespace! {
+    fn nothing_is_lost_on_a_wire_that_loses_every_fiftieth_packet() {
+        nothing_is_lost_with(Offloads::empty(), 50);
+    }
+
+    fn nothing_is_lost_on_a_wire_that_loses_every_twentieth_super_segment() {
+        nothing_is_lost_with(ALL, 20);
+    }
+
+    fn a_rst_behind_the_worlds_fin_takes_no_data_from_a_guest_that_reads_late() {
+        if !common::has_tun() {
+            return;
+        }
+        // More than the guest's kernel takes before the guest reads, and less than the host's socket does.
+        const LEN: usize = 40_000;
+        world();
+        let (reset, is_reset) = mpsc::channel();
+        let addr = server(move |mut stream| {
+            stream.write_all(&pattern(LEN, 7)).unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+            until_fin_is_acknowledged(stream.local_addr().unwrap().port());
+            sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
+            drop(stream);
+            reset.send(()).unwrap();
+        });
+        let network = Network::new(NatConfig::default(), ALL);
+        let stream = network.guest(move || {
+            fs::write("/proc/sys/net/ipv4/tcp_rmem", "4096 8192 8192").unwrap();
+            TcpStream::connect(addr).unwrap()
+        });
+        is_reset.recv().unwrap();
+        assert_eq!(network.nat(|nat| nat.tcp_flows().len()), 1, "it has seen the RST, and waits for the guest");
+        let (got, error) = network.guest(move || {
+            let got = read_all(stream.try_clone().unwrap());
+            let mut stream = stream;
+            let error = loop {
+                if let Err(error) = stream.write_all(b"more") {
+                    break error.kind();
+                }
+            };
+            (got, error)
+        });
+        assert!(got == pattern(LEN, 7), "{} bytes", got.len());
+        assert!(matches!(error, ErrorKind::ConnectionReset | ErrorKind::BrokenPipe), "{error}");
+        network.until_no_flows();
+    }
+
     fn a_world_that_does_not_read_stops_the_guest_and_loses_nothing() {
         the_world_stops_reading_for(Duration::ZERO);
     }

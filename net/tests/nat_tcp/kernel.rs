@@ -31,6 +31,11 @@ pub(crate) struct Network {
 
 impl Network {
     pub(crate) fn new(config: NatConfig, offloads: Offloads) -> Self {
+        Self::lossy(config, offloads, u64::MAX)
+    }
+
+    /// One whose wire loses every `nth` frame of each direction.
+    pub(crate) fn lossy(config: NatConfig, offloads: Offloads, nth: u64) -> Self {
         let (guest, inbox) = mpsc::channel::<GuestJob>();
         let (ready, tap) = mpsc::channel();
         let mtu = config.mtu;
@@ -50,7 +55,7 @@ impl Network {
         let (jobs, requests) = mpsc::channel();
         let (wake, woken) = UnixStream::pair().unwrap();
         woken.set_nonblocking(true).unwrap();
-        let thread = thread::spawn(move || serve(tap, nat, offloads, &requests, &woken));
+        let thread = thread::spawn(move || serve(tap, nat, (offloads, nth), &requests, &woken));
         let network = Self { guest, nat: jobs, wake, thread: Some(thread), published };
         // The guest is known from its first packet on.
         let _ = network.guest(|| std::net::TcpStream::connect("192.168.122.1:1"));
@@ -108,10 +113,24 @@ impl Drop for Network {
     }
 }
 
+/// One direction of a wire that loses every `nth` frame.
+struct Loss {
+    nth: u64,
+    frames: u64,
+}
+
+impl Loss {
+    fn strikes(&mut self) -> bool {
+        self.frames += 1;
+        self.frames.is_multiple_of(self.nth)
+    }
+}
+
 /// A ring whose frames are sent to another port at once.
 struct Forward<'a> {
     to: &'a mut dyn FramePort,
     lent: &'a [VolatileSlice<'static>],
+    loss: &'a mut Loss,
 }
 
 impl RxRing for Forward<'_> {
@@ -120,6 +139,9 @@ impl RxRing for Forward<'_> {
     }
 
     fn commit(&mut self, hdr: VnetHdr, len: usize) {
+        if self.loss.strikes() {
+            return;
+        }
         let mut left = len;
         let mut parts = Vec::new();
         for part in self.lent {
@@ -134,7 +156,7 @@ impl RxRing for Forward<'_> {
 fn serve(
     mut tap: TapPort,
     mut nat: Nat,
-    offloads: Offloads,
+    (offloads, nth): (Offloads, u64),
     jobs: &mpsc::Receiver<NatJob>,
     woken: &UnixStream,
 ) {
@@ -143,11 +165,12 @@ fn serve(
     nat.set_offloads(offloads).unwrap();
     let memory: &'static mut [u8] = vec![0; MAX_FRAME].leak();
     let lent: Vec<_> = memory.chunks_mut(4096).map(VolatileSlice::from).collect();
+    let [mut up, mut down] = [(); 2].map(|()| Loss { nth, frames: 0 });
     loop {
         sys::wait([tap.as_fd(), nat.as_fd(), woken.as_fd()], -1);
         let _ = std::io::Read::read(&mut &*woken, &mut [0; 64]);
-        let _ = tap.recv(&mut Forward { to: &mut nat, lent: &lent });
-        let _ = nat.recv(&mut Forward { to: &mut tap, lent: &lent });
+        let _ = tap.recv(&mut Forward { to: &mut nat, lent: &lent, loss: &mut up });
+        let _ = nat.recv(&mut Forward { to: &mut tap, lent: &lent, loss: &mut down });
         loop {
             match jobs.try_recv() {
                 Ok(job) => job(&mut nat),

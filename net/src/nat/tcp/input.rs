@@ -2,7 +2,8 @@
 //!
 //! Segments out of order are not kept: a guest's ring is read in order, so that what is missing was refused by
 //! us, and the guest sends everything behind it again. They are answered with one ACK each, so that a guest counts
-//! duplicates. Data beyond the announced window are not refused for that alone: the socket decides.
+//! duplicates. (With SACK agreed Linux counts blocks instead, and repairs a loss of its own when its timer runs out, 0.2 s
+//! later: neither a ring nor a TAP that is read loses anything.) Data beyond the announced window are not refused for that alone: the socket decides.
 
 use std::io;
 
