@@ -89,6 +89,19 @@ fn ask_over_tcp(network: &Network, names: &'static [&'static str]) -> Vec<Messag
     })
 }
 
+/// Sends questions for these many addresses over a new connection, all at once, and waits for as many answers: how many
+/// addresses each has, in order.
+fn counts_of(numbers: std::ops::Range<u32>) -> Vec<usize> {
+    let mut stream = TcpStream::connect((GATEWAY, 53)).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    numbers.clone().for_each(|n| stub::write(&mut stream, &question(&format!("{n}.example."), None)));
+    let mut counts: Vec<usize> = numbers
+        .map(|_| addresses(&Message::from_vec(&stub::read(&mut stream).unwrap()).unwrap()).len())
+        .collect();
+    counts.sort_unstable();
+    counts
+}
+
 fn addresses(message: &Message) -> Vec<Ipv4Addr> {
     let address = |data: &RData| if let RData::A(a) = data { Some(a.0) } else { None };
     message.answers.iter().filter_map(|record| address(&record.data)).collect()
@@ -153,6 +166,46 @@ in_namespace! {
         let answers = ask_over_tcp(&network, &["100.example.", "1.example.", "2000.example."]);
         for (answer, count) in answers.iter().zip([100, 1, 2000]) {
             assert_eq!((answer.metadata.truncation, addresses(answer).len()), (false, count));
+        }
+    }
+
+    fn questions_over_tcp_share_a_connection_to_the_server_and_are_answered_in_any_order() {
+        if !common::has_tun() {
+            return;
+        }
+        // It answers nothing before it has heard sixteen questions, and the last one first.
+        let (server, connections) = stub::listen(|stream| {
+            let questions: Vec<_> = (0..16).map_while(|_| stub::read(stream)).collect();
+            for question in questions.iter().rev() {
+                stub::write(stream, &stub::answer(question, Ipv4Addr::LOCALHOST, true));
+            }
+            stub::read(stream);
+        });
+        let network = Network::new(NatConfig { dns: vec![server], ..NatConfig::default() }, ALL);
+        let counts = network.guest(|| {
+            let first = std::thread::spawn(|| counts_of(1..9));
+            (counts_of(9..17), first.join().unwrap())
+        });
+        assert_eq!(counts, ((9..17).collect(), (1..9).collect()));
+        assert_eq!(connections.try_iter().count(), 1);
+    }
+
+    fn a_server_that_closes_or_falls_silent_after_one_answer_is_asked_again() {
+        if !common::has_tun() {
+            return;
+        }
+        let closes: fn(&mut TcpStream) = |stream| stub::answer_one(stream);
+        let falls_silent: fn(&mut TcpStream) = |stream| {
+            stub::answer_one(stream);
+            while stub::read(stream).is_some() {}
+        };
+        for manner in [closes, falls_silent] {
+            let (server, connections) = stub::listen(manner);
+            let network = Network::new(NatConfig { dns: vec![server], ..NatConfig::default() }, ALL);
+            assert_eq!(network.guest(|| counts_of(1..6)), [1, 2, 3, 4, 5]);
+            let answers = ask_over_tcp(&network, &["7.example.", "8.example."]);
+            assert_eq!(answers.iter().map(|answer| addresses(answer).len()).collect::<Vec<_>>(), [7, 8]);
+            assert!(connections.try_iter().count() >= 5);
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::sync::mpsc;
 use std::thread;
 
 use hickory_proto::op::{Edns, Message, MessageType};
@@ -32,13 +33,29 @@ pub(crate) fn start(at: SocketAddrV4, address: Ipv4Addr) -> SocketAddrV4 {
     at
 }
 
+/// Serves every connection on a thread of its own as `serve` does, on a free port of the loopback; the second is told of
+/// each connection.
+pub(crate) fn listen(serve: fn(&mut TcpStream)) -> (SocketAddrV4, mpsc::Receiver<()>) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let SocketAddr::V4(at) = listener.local_addr().unwrap() else { panic!("an IPv4 address was bound") };
+    let (came, connections) = mpsc::channel();
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            // The test may have all that it wants to know.
+            let _ = came.send(());
+            thread::spawn(move || serve(&mut stream));
+        }
+    });
+    (at, connections)
+}
+
 /// One question and its answer over a connection (RFC 1035 §4.2.2).
 pub(crate) fn exchange(stream: &mut TcpStream, question: &[u8]) -> Message {
     write(stream, question);
     Message::from_vec(&read(stream).unwrap()).unwrap()
 }
 
-fn read(stream: &mut TcpStream) -> Option<Vec<u8>> {
+pub(crate) fn read(stream: &mut TcpStream) -> Option<Vec<u8>> {
     let mut len = [0; 2];
     stream.read_exact(&mut len).ok()?;
     let mut message = vec![0; usize::from(u16::from_be_bytes(len))];
@@ -46,12 +63,20 @@ fn read(stream: &mut TcpStream) -> Option<Vec<u8>> {
     Some(message)
 }
 
-fn write(stream: &mut TcpStream, message: &[u8]) {
+pub(crate) fn write(stream: &mut TcpStream, message: &[u8]) {
     let len = u16::try_from(message.len()).unwrap();
     stream.write_all(&[&len.to_be_bytes(), message].concat()).unwrap();
 }
 
-fn answer(question: &[u8], address: Ipv4Addr, over_tcp: bool) -> Vec<u8> {
+/// Answers the first question of a connection.
+pub(crate) fn answer_one(stream: &mut TcpStream) {
+    if let Some(question) = read(stream) {
+        write(stream, &answer(&question, Ipv4Addr::LOCALHOST, true));
+    }
+}
+
+/// The answer to a question, cut to what fits in a datagram unless it goes `over_tcp`.
+pub(crate) fn answer(question: &[u8], address: Ipv4Addr, over_tcp: bool) -> Vec<u8> {
     let mut message = Message::from_vec(question).unwrap();
     message.metadata.message_type = MessageType::Response;
     let most = message.edns.as_ref().map_or(512, Edns::max_payload);

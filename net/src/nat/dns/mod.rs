@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Questions and answers pass as the bytes they are; see [`wire`]. Over UDP a question gets a socket of its own, so a
-//! random port, and a random identifier (RFC 5452); a question that came over TCP is asked over TCP. There is no cache: the
-//! host's resolver has one, or the guest's.
+//! random port, and a random identifier (RFC 5452); a question that came over TCP is asked over TCP, on a connection that
+//! questions share ([`upstream`]). There is no cache: the host's resolver has one, or the guest's.
 //!
 //! AAAA questions about the world are answered "no data" while the host has no IPv6 default route: guests would try in vain.
 //!
@@ -21,6 +21,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 mod transaction;
+mod upstream;
 mod wire;
 
 use std::collections::hash_map::RandomState;
@@ -33,7 +34,8 @@ use vm_memory::VolatileSlice;
 pub(crate) use self::names::Names;
 use self::resolver::Resolver;
 use self::stream::Stream;
-use self::transaction::{ATTEMPT, Client, Exchange, Transaction, Verdict};
+use self::transaction::{ATTEMPT, Client, Transaction, Verdict};
+use self::upstream::Upstream;
 use self::wire::{BadQuery, Query, Rcode, kind};
 use super::cx::{Cx, ServiceStream};
 use super::host::Close;
@@ -60,6 +62,7 @@ const TURN: usize = 16;
 enum Conn {
     Ask(Box<Transaction>),
     Guest(Stream),
+    Upstream(Upstream),
 }
 
 /// The forwarder.
@@ -68,6 +71,7 @@ pub(crate) struct Dns {
     resolver: Resolver,
     conns: Slab<Conn>,
     streams: usize,
+    upstreams: usize,
     timers: Timers<u32>,
     /// The server that answered last.
     good: Option<SocketAddrV4>,
@@ -84,6 +88,7 @@ impl Dns {
             resolver: Resolver::new(fixed),
             conns: Slab::default(),
             streams: 0,
+            upstreams: 0,
             timers: Timers::default(),
             good: None,
             random: RandomState::new(),
@@ -129,8 +134,8 @@ impl Dns {
 
     pub(crate) fn ready(&mut self, cx: &mut Cx<'_>, token: Token, events: Events, names: &dyn Names) {
         match self.conns.by_token(token) {
-            Some(Conn::Ask(ask)) if ask.exchange.is_some() => self.exchange(cx, token.slot, events),
             Some(Conn::Ask(_)) => self.answers(cx, token.slot, events),
+            Some(Conn::Upstream(_)) => self.upstream(cx, token, events),
             Some(Conn::Guest(stream)) => {
                 stream.ended |= events.intersects(Events::CLOSED);
                 self.serve(cx, token, names);
@@ -142,7 +147,13 @@ impl Dns {
     pub(crate) fn expire(&mut self, cx: &mut Cx<'_>) {
         while let Some(slot) = self.timers.pop(cx.now) {
             match self.conns.get(slot) {
-                Some(Conn::Ask(_)) => self.try_next(cx, slot),
+                Some(Conn::Ask(ask)) => {
+                    if let Some(token) = ask.via {
+                        self.retire(token);
+                    }
+                    self.try_next(cx, slot);
+                }
+                Some(Conn::Upstream(_)) => drop(self.hang_up(cx, self.conns.token(slot, Owner::Dns))),
                 Some(Conn::Guest(stream)) => {
                     let end = stream.used + stream::IDLE;
                     if end > cx.now { self.timers.set(slot, end) } else { self.close(cx, slot) }
@@ -158,7 +169,7 @@ impl Dns {
 
     /// Questions under way.
     fn inflight(&self) -> usize {
-        self.conns.len() - self.streams
+        self.conns.len() - self.streams - self.upstreams
     }
 
     fn question(
@@ -191,7 +202,7 @@ impl Dns {
             self.reply(cx, client, &query.answer(Rcode::ServFail, false, &[]));
             return Err(DropReason::TableFull);
         }
-        let id = self.random_id();
+        let id = self.new_id();
         let ask = Transaction::new(client, query, bytes, id, self.resolver.servers(), self.good);
         let slot = self.conns.insert(Conn::Ask(Box::new(ask)));
         if let Client::Stream(token) = client
@@ -201,6 +212,16 @@ impl Dns {
         }
         self.attempt(cx, slot);
         Ok(())
+    }
+
+    /// An identifier that no question under way has.
+    fn new_id(&mut self) -> u16 {
+        loop {
+            let id = self.random_id();
+            if !self.conns.iter().any(|(_, conn)| matches!(conn, Conn::Ask(ask) if ask.id == id)) {
+                return id; // at the latest after MAX_INFLIGHT others, of 65,536
+            }
+        }
     }
 
     /// Sixteen bits that nobody outside can foresee: SipHash under a key from the system.
@@ -216,36 +237,33 @@ impl Dns {
         // A transaction's attempts are bounded, so the loop is.
         while let Some(Conn::Ask(ask)) = self.conns.get(slot) {
             let Some(server) = ask.server() else { return self.give_up(cx, slot) };
-            // The slot is filled already; its token is that of its socket.
-            let token = self.conns.token(slot, Owner::Dns);
-            let Some(Conn::Ask(ask)) = self.conns.get_mut(slot) else { return };
-            let opened = match ask.client {
-                Client::Udp(..) => {
-                    let any = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0);
-                    cx.host.udp_open(any, false, token)
-                }
-                Client::Stream(_) => cx.host.connect(server, token),
+            let asked = match ask.client {
+                Client::Udp(..) => self.ask_by_datagram(cx, slot, server),
+                Client::Stream(_) => self.ask_over_stream(cx, slot, server),
             };
-            let Ok(sock) = opened else {
-                ask.next();
-                continue;
-            };
-            ask.sock = Some(sock);
-            if matches!(ask.client, Client::Stream(_)) {
-                ask.exchange = Some(Exchange { out: stream::frame(&ask.message), received: Vec::new() });
-            } else {
-                let out = Outgoing { to: server, from: None, ttl: 64, tos: 0, segment: 0 };
-                let message = VolatileSlice::from(&mut ask.message[..]);
-                if cx.host.send_datagram(sock, &out, &mut std::iter::once(message)).is_err() {
-                    ask.sock = None;
-                    ask.next();
-                    cx.host.close(sock, Close::Graceful);
-                    continue;
-                }
+            if asked.is_ok() {
+                return;
             }
-            self.timers.set(slot, cx.now + ATTEMPT);
-            return;
+            if let Some(Conn::Ask(ask)) = self.conns.get_mut(slot) {
+                ask.next();
+            }
         }
+    }
+
+    fn ask_by_datagram(&mut self, cx: &mut Cx<'_>, slot: u32, server: SocketAddrV4) -> std::io::Result<()> {
+        // The slot is filled already; its token is that of its socket.
+        let token = self.conns.token(slot, Owner::Dns);
+        let Some(Conn::Ask(ask)) = self.conns.get_mut(slot) else { return Ok(()) };
+        let sock = cx.host.udp_open(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0), false, token)?;
+        let out = Outgoing { to: server, from: None, ttl: 64, tos: 0, segment: 0 };
+        let message = VolatileSlice::from(&mut ask.message[..]);
+        if let Err(error) = cx.host.send_datagram(sock, &out, &mut std::iter::once(message)) {
+            cx.host.close(sock, Close::Graceful);
+            return Err(error);
+        }
+        ask.sock = Some(sock);
+        self.timers.set(slot, cx.now + ATTEMPT);
+        Ok(())
     }
 
     /// The server that was asked was no help: asks the next one.
@@ -254,7 +272,11 @@ impl Dns {
         if let Some(sock) = ask.sock.take() {
             cx.host.close(sock, Close::Graceful);
         }
+        let via = ask.via.take();
         ask.next();
+        if let Some(token) = via {
+            self.leave(cx, slot, token);
+        }
         self.timers.remove(slot);
         // Events of the socket that was closed must not pass for those of the next one.
         self.conns.renew(slot);
@@ -273,6 +295,9 @@ impl Dns {
         self.timers.remove(slot);
         if let Some(sock) = ask.sock {
             cx.host.close(sock, Close::Graceful);
+        }
+        if let Some(token) = ask.via {
+            self.leave(cx, slot, token);
         }
         if let Client::Stream(token) = ask.client
             && let Some(Conn::Guest(stream)) = self.conns.by_token(token)
@@ -320,35 +345,6 @@ impl Dns {
         }
         if events.contains(Events::ERROR) {
             self.try_next(cx, slot); // nobody listens there, or there is no way
-        }
-    }
-
-    /// A connection to a server.
-    fn exchange(&mut self, cx: &mut Cx<'_>, slot: u32, events: Events) {
-        let Some(Conn::Ask(ask)) = self.conns.get_mut(slot) else { return };
-        let (Some(sock), Some(server)) = (ask.sock, ask.server()) else { return };
-        if events.intersects(Events::ERROR) || cx.host.connected(sock).is_err() {
-            return self.try_next(cx, slot);
-        }
-        let Some(exchange) = ask.exchange.as_mut() else { return };
-        if !exchange.out.is_empty() && events.contains(Events::WRITE) {
-            let out = VolatileSlice::from(&mut exchange.out[..]);
-            // A question is a few hundred bytes: the empty send buffer takes it whole, or the connection is dead.
-            match cx.host.send(sock, &mut std::iter::once(out)) {
-                Ok(sent) => drop(exchange.out.drain(..sent)),
-                Err(_) => return self.try_next(cx, slot),
-            }
-        }
-        let ended = read_some(cx, sock, &mut exchange.received, usize::MAX);
-        let message = stream::take_message(&mut exchange.received);
-        match message.map(|message| ask.judge(&message)) {
-            Some(Verdict::Final(answer)) => {
-                self.good = Some(server);
-                self.finish(cx, slot, &answer);
-            }
-            Some(Verdict::Failure | Verdict::Foreign) => self.try_next(cx, slot),
-            None if ended => self.try_next(cx, slot),
-            None => {}
         }
     }
 

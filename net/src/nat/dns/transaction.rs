@@ -32,15 +32,6 @@ pub(crate) enum Client {
     Stream(Token),
 }
 
-/// The connection to a server, for a question that came over a stream.
-#[derive(Debug, Default)]
-pub(crate) struct Exchange {
-    /// What is still to be sent.
-    pub(crate) out: Vec<u8>,
-    /// What has come so far.
-    pub(crate) received: Vec<u8>,
-}
-
 /// What an answer is worth.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
@@ -59,13 +50,13 @@ pub(crate) struct Transaction {
     pub(crate) query: Query,
     /// The question as it is sent, under our identifier.
     pub(crate) message: Vec<u8>,
-    id: u16,
+    pub(crate) id: u16,
     servers: Vec<SocketAddrV4>,
     attempt: usize,
     failure: Option<Vec<u8>>,
     pub(crate) sock: Option<SockId>,
-    /// Set while a server is asked over TCP.
-    pub(crate) exchange: Option<Exchange>,
+    /// The connection on which a server is asked over TCP.
+    pub(crate) via: Option<Token>,
 }
 
 impl Transaction {
@@ -82,7 +73,7 @@ impl Transaction {
         let at = servers.iter().position(|server| Some(*server) == first).unwrap_or(0);
         servers.rotate_left(at);
         let message = wire::with_id(bytes, id);
-        Self { client, query, message, id, servers, attempt: 0, failure: None, sock: None, exchange: None }
+        Self { client, query, message, id, servers, attempt: 0, failure: None, sock: None, via: None }
     }
 
     /// Whom to ask now; nobody when all have been asked often enough.
@@ -97,7 +88,11 @@ impl Transaction {
     /// The server that was asked was no help.
     pub(crate) fn next(&mut self) {
         self.attempt += 1;
-        self.exchange = None;
+    }
+
+    /// Whether nobody has been asked in vain.
+    pub(crate) fn is_first_attempt(&self) -> bool {
+        self.attempt == 0
     }
 
     /// Bytes that the client takes.
