@@ -8,6 +8,7 @@
 //! | [`kvm`] | what this host's KVM is, and the virtual machine behind a machine |
 //! | [`boot`], [`acpi`], [`cpuid`], [`layout`], [`memory`] | what a kernel finds when it starts |
 //! | [`console`] | a terminal in raw mode, its escape, serial input |
+//! | [`runtime`] | the folder in which a user's machines are found, and who lives in it |
 //! | [`lab`] | an emulated host with AMD-V, for hosts that have none |
 //! | [`world`] | echo and DNS servers on loopback, for guests that are to prove something |
 //!
@@ -23,6 +24,7 @@ pub mod lab;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod runtime;
 #[cfg(test)]
 #[path = "../../tests/src/skip.rs"]
 mod skip;

@@ -11,6 +11,9 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use net::MacAddr;
 use net::nat::{Publish, Subnet};
 use net::tap::TapName;
+use vmm::runtime::MachineName;
+
+use super::machine_args::{KillArgs, LogsArgs, PsArgs};
 
 /// Lightweight virtual machines that are on the network the moment they boot.
 #[derive(Debug, Parser)]
@@ -27,6 +30,10 @@ pub(crate) struct Cli {
     #[arg(long, value_name = "FILTER", global = true)]
     pub(crate) log: Option<String>,
 
+    // Said by `run --detach` to itself: this is the process that becomes the machine.
+    #[arg(long, hide = true)]
+    pub(crate) detached: bool,
+
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -37,6 +44,12 @@ pub(crate) enum Command {
     Check(CheckArgs),
     /// Boot a machine; its console is this terminal and its exit status is this command's
     Run(Box<RunArgs>),
+    /// List the machines that run
+    Ps(PsArgs),
+    /// End machines at once, as if their plugs were pulled
+    Kill(KillArgs),
+    /// Print what a detached machine wrote to its console
+    Logs(LogsArgs),
     /// Build and list guest images
     #[command(subcommand)]
     Image(ImageCommand),
@@ -83,9 +96,13 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
     pub(crate) cmdline: Option<String>,
 
-    /// The machine's name: its host name, and what its MAC address is made from
-    #[arg(long, default_value = "vm1", value_parser = parse_name)]
-    pub(crate) name: String,
+    /// The machine's name: its host name, and what its MAC address is made from [default: vm1, or the next one that is free]
+    #[arg(long)]
+    pub(crate) name: Option<MachineName>,
+
+    /// Print the machine's name as soon as it runs and leave it running; see `pontoon ps`, `logs`, `stop`
+    #[arg(short, long)]
+    pub(crate) detach: bool,
 
     /// Virtual CPUs
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
@@ -143,9 +160,16 @@ pub(crate) struct RunArgs {
     #[arg(long, hide = true)]
     pub(crate) our_init: bool,
 
-    /// Print, after the guest's console, one line of JSON: exit status, network, MAC address, subnet
+    /// Print, after the guest's console, one line of JSON: exit status, network, MAC address, subnet; with --detach, when it runs
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+impl RunArgs {
+    /// The machine's name, once it has one.
+    pub(crate) fn host_name(&self) -> &str {
+        self.name.as_ref().map_or("vm1", MachineName::as_str)
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -349,19 +373,6 @@ impl FromStr for DnsServer {
             .or_else(|_| text.parse().map(|ip| SocketAddrV4::new(ip, 53)))
             .map(Self)
             .map_err(|_| "write an IPv4 address such as 9.9.9.9 or 127.0.0.1:5353".to_owned())
-    }
-}
-
-/// A machine's name is a host name label (RFC 1035 §2.3.1, with digits first allowed by RFC 1123 §2.1).
-fn parse_name(text: &str) -> Result<String, String> {
-    let ok = (1..=63).contains(&text.len())
-        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
-        && !text.starts_with('-')
-        && !text.ends_with('-');
-    if ok {
-        Ok(text.to_owned())
-    } else {
-        Err("a name is a host name: letters, digits and inner hyphens, 63 at most".to_owned())
     }
 }
 

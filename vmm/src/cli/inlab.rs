@@ -102,7 +102,7 @@ fn words(args: &RunArgs, boot: &Boot, run: &mut Run) {
         }
     }
     words.flag("--accel", "kvm");
-    words.flag("--name", &args.name);
+    words.flag_if("--name", args.name.as_ref());
     words.flag("--cpus", args.cpus.to_string());
     words.flag("--memory", args.memory.to_string());
     words.flag("--net", args.net.to_string());

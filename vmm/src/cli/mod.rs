@@ -6,11 +6,16 @@
 mod args;
 mod attach;
 mod check;
+mod detach;
 mod image;
 mod inlab;
 mod lab;
+mod logs;
+mod machine_args;
+mod machines;
 mod network;
 mod output;
+mod registry;
 mod run;
 mod signals;
 
@@ -55,7 +60,11 @@ pub(crate) fn main() -> ExitCode {
     start_log(&cli);
     let outcome = match cli.command {
         Command::Check(args) => check::check(&args),
-        Command::Run(args) => run::run(*args),
+        Command::Run(args) if args.detach && !cli.detached => detach::start(&args),
+        Command::Run(args) => run::run(*args, cli.detached),
+        Command::Ps(args) => machines::ps(&args),
+        Command::Kill(args) => machines::kill(&args),
+        Command::Logs(args) => logs::logs(&args),
         Command::Image(command) => image::image(command),
         Command::Net(command) => attach::net(command),
         Command::Lab(args) => lab::lab(args),
@@ -87,7 +96,7 @@ fn start_log(cli: &Cli) {
     };
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(|| output::Log)
         .with_ansi(std::io::stderr().is_terminal())
         .without_time()
         .init();

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, anyhow};
 use net::bridge::{self, BridgeError};
-use net::nat::{self, Nat, NatConfig, NatError, Subnet};
+use net::nat::{self, Nat, NatConfig, NatError, Publish, PublishProtocol, Subnet};
 use net::pcap::{PcapPort, SNAPLEN_ALL};
 use net::tap::{TapError, TapName, TapPort};
 use net::{FramePort, MacAddr};
@@ -19,11 +19,22 @@ pub(crate) struct Network {
     pub(crate) mac: Option<MacAddr>,
     /// The NAT's subnet.
     pub(crate) network: Option<String>,
+    /// The host's interface: the TAP.
+    pub(crate) interface: Option<String>,
+    /// The published ports, once the host has chosen those that were given as 0.
+    pub(crate) published: Vec<String>,
+}
+
+impl Network {
+    fn new(nic: Nic) -> Self {
+        let mac = Some(nic.mac);
+        Self { nic: Some(nic), mac, network: None, interface: None, published: Vec::new() }
+    }
 }
 
 /// Makes what `--net` asks for. Flags that mean nothing to that network are an error, not ignored.
 pub(crate) fn plug(args: &RunArgs) -> Result<Network, Failure> {
-    let mac = args.mac.unwrap_or_else(|| MacAddr::for_name(&args.net.to_string(), &args.name));
+    let mac = args.mac.unwrap_or_else(|| MacAddr::for_name(&args.net.to_string(), args.host_name()));
     if mac.is_group() {
         return Err(Failure::usage(anyhow!("--mac {mac} is a group address; a NIC has an even first octet")));
     }
@@ -35,18 +46,28 @@ pub(crate) fn plug(args: &RunArgs) -> Result<Network, Failure> {
             if args.pcap.is_some() || args.mac.is_some() {
                 return Err(Failure::usage(anyhow!("--pcap and --mac need a NIC; leave out --net none")));
             }
-            Ok(Network { nic: None, mac: None, network: None })
+            Ok(Network { nic: None, mac: None, network: None, interface: None, published: Vec::new() })
         }
         NetSpec::Tap(name) => {
             let port = tap(name)?;
-            Ok(Network { nic: Some(capture(args, mac, port)?), mac: Some(mac), network: None })
+            let interface = Some(port.name().to_owned());
+            Ok(Network { interface, ..Network::new(capture(args, mac, port)?) })
         }
         NetSpec::Nat => {
-            let nat = nat(args)?;
+            let mut nat = nat(args)?;
             let network = Some(nat.config().subnet.to_string());
-            Ok(Network { nic: Some(capture(args, mac, nat)?), mac: Some(mac), network })
+            let published = published(&mut nat);
+            Ok(Network { network, published, ..Network::new(capture(args, mac, nat)?) })
         }
     }
+}
+
+/// The published ports as `-p` would name them, with the ports that they really have.
+fn published(nat: &mut Nat) -> Vec<String> {
+    let tcp = nat.published().into_iter();
+    let tcp = tcp.map(|(port, at)| Publish { addr: *at.ip(), host_port: at.port(), ..port });
+    let udp = nat.config().publish.iter().filter(|port| port.protocol == PublishProtocol::Udp).cloned();
+    tcp.chain(udp.collect::<Vec<_>>()).map(|port| port.to_string()).collect()
 }
 
 fn refuse_nat_flags(args: &RunArgs) -> Result<(), Failure> {

@@ -6,7 +6,8 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "printing is this module's work")]
 
 use std::fmt::Write as _;
-use std::io::{IsTerminal, Write as _};
+use std::io::{self, IsTerminal, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use guest_images::Progress;
@@ -38,7 +39,7 @@ pub(crate) fn json(value: &impl Serialize) {
 
 /// Prints a line of the result; a reader that has gone away is not an error.
 pub(crate) fn line(text: &str) {
-    let _ = writeln!(std::io::stdout().lock(), "{text}");
+    let _ = writeln!(io::stdout().lock(), "{text}");
 }
 
 /// Prints rows in columns as wide as their widest cell.
@@ -61,6 +62,30 @@ pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) {
     }
 }
 
+/// Bytes that may still be logged.
+static LOG_LEFT: AtomicU64 = AtomicU64::new(u64::MAX);
+
+/// Lets the log have so many bytes more, and no others.
+pub(crate) fn limit_log(bytes: u64) {
+    LOG_LEFT.store(bytes, Ordering::Relaxed);
+}
+
+/// Where the log goes: standard error, within its limit.
+pub(crate) struct Log;
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let len = bytes.len() as u64;
+        let within =
+            LOG_LEFT.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(len));
+        if within.is_ok() { io::stderr().write(bytes) } else { Ok(bytes.len()) }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Draws progress: one line that rewrites itself on a terminal, one line per step elsewhere.
 pub(crate) struct Bar {
     terminal: bool,
@@ -73,14 +98,14 @@ const REDRAW: Duration = Duration::from_millis(100);
 
 impl Bar {
     pub(crate) fn new() -> Self {
-        Self { terminal: std::io::stderr().is_terminal(), step: String::new(), drawn: None }
+        Self { terminal: io::stderr().is_terminal(), step: String::new(), drawn: None }
     }
 
     fn draw(&mut self, detail: &str) {
         self.drawn = Some(Instant::now());
         // Carriage return and "erase to end of line" (ECMA-48 EL).
         eprint!("\r\x1b[K{}{detail}", self.step);
-        let _ = std::io::stderr().flush();
+        let _ = io::stderr().flush();
     }
 }
 

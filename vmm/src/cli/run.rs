@@ -23,8 +23,9 @@ use vmm::machine::{BuildError, DEFAULT_CMDLINE, ExitReason, Machine, MachineBuil
 
 use super::args::{Accel, RunArgs};
 use super::network;
+use super::registry::{self, Registered};
 use super::signals::{Signals, Wake};
-use super::{Failure, STATUS_MACHINE, STATUS_TIMEOUT, inlab, output};
+use super::{Failure, STATUS_MACHINE, STATUS_TIMEOUT, detach, inlab, output};
 
 /// The image name that means the built-in guest.
 pub(crate) const PROBE: &str = "probe";
@@ -42,27 +43,33 @@ pub(crate) enum Boot {
     },
 }
 
-pub(crate) fn run(args: RunArgs) -> Result<u8, Failure> {
+/// Runs the machine; in the process that `run --detach` started, `detached` says so.
+pub(crate) fn run(mut args: RunArgs, detached: bool) -> Result<u8, Failure> {
+    if detached {
+        detach::leave_terminal()?;
+    }
     let boot = find_boot(&args)?;
     let host = Host::probe();
-    match (args.accel, &boot) {
-        (Accel::Lab, _) => inlab::run(&args, &boot),
-        (Accel::Auto, Boot::Linux { .. }) if !host.kind.runs_linux() => {
-            output::note(&format!(
-                "{}: running in the lab, an emulated host (see docs/lab.md)",
-                why_lab(&host.kind)
-            ));
-            inlab::run(&args, &boot)
-        }
-        (Accel::Auto, Boot::Probe) if !host.kind.is_usable() => {
-            output::note(&format!(
-                "{}: running in the lab, an emulated host (see docs/lab.md)",
-                why_lab(&host.kind)
-            ));
-            inlab::run(&args, &boot)
-        }
-        _ => run_here(&args, &boot),
+    let in_lab = match (args.accel, &boot) {
+        (Accel::Lab, _) => true,
+        (Accel::Auto, Boot::Linux { .. }) => !host.kind.runs_linux(),
+        (Accel::Auto, Boot::Probe) => !host.kind.is_usable(),
+        (Accel::Kvm, _) => false,
+    };
+    if !in_lab {
+        return run_here(&mut args, &boot, detached);
     }
+    let why = if args.accel == Accel::Lab { "asked for".to_owned() } else { why_lab(&host.kind) };
+    if detached {
+        return Err(Failure::usage(anyhow!(
+            "a detached machine can't be in the lab ({why}), which ends with the command that began it; put both into the \
+             lab (pontoon lab -- sh -c 'pontoon run --detach …; …', see docs/machines.md), or leave out --detach"
+        )));
+    }
+    if args.accel == Accel::Auto {
+        output::note(&format!("{why}: running in the lab, an emulated host (see docs/lab.md)"));
+    }
+    inlab::run(&args, &boot)
 }
 
 fn why_lab(kind: &KvmKind) -> String {
@@ -104,18 +111,22 @@ fn find_boot(args: &RunArgs) -> Result<Boot, Failure> {
     }
 }
 
-fn run_here(args: &RunArgs, boot: &Boot) -> Result<u8, Failure> {
-    let terminal = args.console.is_none() && io::stdin().is_terminal() && io::stdout().is_terminal();
+fn run_here(args: &mut RunArgs, boot: &Boot, detached: bool) -> Result<u8, Failure> {
+    let mut registered = registry::register(args, detached)?;
+    let args = &*args;
+    let here = !detached && args.console.is_none();
+    let terminal = here && io::stdin().is_terminal() && io::stdout().is_terminal();
     let mut builder = Machine::builder().cpus(args.cpus).memory(args.memory.0);
-    builder = boot_flags(builder, args, boot, terminal)?;
-    let plugged = network::plug(args)?;
-    if let Some(nic) = plugged.nic {
+    // Whoever attaches to a detached machine's shell is a person with a terminal.
+    builder = boot_flags(builder, args, boot, terminal || detached && args.command.is_empty())?;
+    let mut plugged = network::plug(args)?;
+    if let Some(nic) = plugged.nic.take() {
         builder = builder.nic(nic);
     }
     if let Some(path) = &args.vsock {
         builder = builder.vsock(path);
     }
-    let machine = console(builder, args, boot)?.build().map_err(build_failure)?;
+    let machine = console(builder, args, boot, &mut registered)?.build().map_err(build_failure)?;
     let signals = Signals::catch().context("catching signals").map_err(Failure::machine)?;
     // From here on the terminal is raw, so that ctrl-C is the guest's; the guard gives it back.
     let raw = if terminal {
@@ -124,23 +135,36 @@ fn run_here(args: &RunArgs, boot: &Boot) -> Result<u8, Failure> {
         None
     };
     let running = machine.start().map_err(Failure::machine)?;
+    registered.running(&plugged)?;
+    if let Some(claim) = registered.claim().filter(|_| detached) {
+        detach::tell_starter(claim)?;
+    }
     let deadline = args.timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds.into()));
     let wake =
         signals.wait(&running, deadline).context("waiting for the machine").map_err(Failure::machine)?;
     let report = Report { mac: plugged.mac, net: args.net.to_string(), network: plugged.network };
-    let (status, reason) = finish(running, wake, !args.command.is_empty());
+    let outcome = finish(running, wake, !args.command.is_empty());
     drop(raw);
-    if let Some(text) = reason {
-        output::note(&text);
+    if outcome.noteworthy {
+        output::note(&outcome.reason);
     }
+    registered.end(outcome.status, &outcome.reason);
     if args.json {
-        output::json(&report.json(status));
+        output::json(&report.json(outcome.status));
     }
-    Ok(status)
+    Ok(outcome.status)
+}
+
+/// How a machine ended.
+struct Outcome {
+    status: u8,
+    reason: String,
+    /// Whether the status alone does not tell.
+    noteworthy: bool,
 }
 
 /// Ends the machine if it hasn't ended, and says what that means to a shell.
-fn finish(running: Running, wake: Wake, command: bool) -> (u8, Option<String>) {
+fn finish(running: Running, wake: Wake, command: bool) -> Outcome {
     match wake {
         Wake::Ended => {
             let reason = running.wait();
@@ -149,25 +173,27 @@ fn finish(running: Running, wake: Wake, command: bool) -> (u8, Option<String>) {
                 (ExitReason::PowerOff | ExitReason::Reset, true) => STATUS_MACHINE,
                 _ => reason.status(),
             };
-            let said = match reason {
-                ExitReason::Status(_) => None,
-                ExitReason::PowerOff | ExitReason::Reset if !command => None,
-                ExitReason::PowerOff | ExitReason::Reset => {
-                    Some(format!("{reason} without telling the command's exit status; see its console above"))
+            let in_order = matches!(reason, ExitReason::PowerOff | ExitReason::Reset);
+            let noteworthy = command && in_order || !(in_order || matches!(reason, ExitReason::Status(_)));
+            let reason = match reason {
+                _ if command && in_order => {
+                    format!("{reason} without telling the command's exit status; see its console above")
                 }
-                ExitReason::Stopped => Some("stopped".to_owned()),
-                _ => Some(reason.to_string()),
+                ExitReason::Stopped => "stopped".to_owned(),
+                _ => reason.to_string(),
             };
-            (status, said)
+            Outcome { status, reason, noteworthy }
         }
         Wake::Deadline => {
             drop(running);
-            (STATUS_TIMEOUT, Some("the time-out has passed; the machine was stopped".to_owned()))
+            let reason = "the time-out has passed; the machine was stopped".to_owned();
+            Outcome { status: STATUS_TIMEOUT, reason, noteworthy: true }
         }
         Wake::Signal(number) => {
             drop(running);
             // As a shell reports a process that a signal ended.
-            (u8::try_from(128 + number).unwrap_or(u8::MAX), None)
+            let status = u8::try_from(128 + number).unwrap_or(u8::MAX);
+            Outcome { status, reason: format!("ended by signal {number}"), noteworthy: false }
         }
     }
 }
@@ -209,14 +235,22 @@ fn initrd_with_request(args: &RunArgs, path: &PathBuf, terminal: bool) -> Result
     let request = Request {
         argv: args.command.clone(),
         env: Vec::new(),
-        hostname: Some(args.name.clone()),
+        hostname: Some(args.host_name().to_owned()),
         console: if terminal { Console::Terminal } else { Console::Bytes },
     };
     let whole = initrd::with_request(&bytes, &request).map_err(Failure::usage)?;
     Ok(Kernel::Bytes(Cow::Owned(whole)))
 }
 
-fn console(builder: MachineBuilder, args: &RunArgs, boot: &Boot) -> Result<MachineBuilder, Failure> {
+fn console(
+    builder: MachineBuilder,
+    args: &RunArgs,
+    boot: &Boot,
+    registered: &mut Registered,
+) -> Result<MachineBuilder, Failure> {
+    if let Some(log) = registered.console_log()? {
+        return Ok(builder.serial_output(log));
+    }
     let builder = match &args.console {
         Some(path) => {
             let file = File::create(path)

@@ -1,0 +1,309 @@
+//! Many machines from the shell: `--detach`, `ps`, `logs`, `kill` with the probe on this host's KVM.
+//!
+//! Each test has a runtime folder of its own, so tests don't see each other's machines.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::{Child, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use pontoon_tests::{Pontoon, have_kvm};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+/// Orders of a probe that says a line and then stays until it is ended.
+const STAY: &str = "probe.do=static=192.168.122.9/24;wait=60000";
+
+/// A runtime folder; what still runs in it at the end is ended.
+struct Host {
+    dir: tempfile::TempDir,
+}
+
+impl Host {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().expect("the temporary directory is writable") }
+    }
+
+    fn pontoon(&self, args: &[&str]) -> Pontoon {
+        let mut pontoon = Pontoon::new(args);
+        pontoon.command().env("XDG_RUNTIME_DIR", self.dir.path());
+        pontoon
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.pontoon(args).output()
+    }
+
+    /// Standard output of a command that must end well.
+    #[track_caller]
+    fn ok(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        assert_eq!(output.status.code(), Some(0), "{args:?}\n{}", text(&output));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// A detached probe that stays.
+    #[track_caller]
+    fn detach(&self, flags: &[&str], orders: &str) -> String {
+        let head = ["run", "probe", "--accel", "kvm", "--memory", "64M", "--timeout", "120", "--detach"];
+        let words: Vec<_> = head.iter().chain(flags).chain(&["--cmdline", orders]).copied().collect();
+        self.ok(&words).trim().to_owned()
+    }
+
+    fn ps(&self, flags: &[&str]) -> Vec<Value> {
+        let words: Vec<_> = ["ps", "--json"].iter().chain(flags).copied().collect();
+        serde_json::from_str(&self.ok(&words)).expect("--json prints JSON")
+    }
+
+    fn folder(&self, name: &str) -> PathBuf {
+        self.dir.path().join("pontoon").join(name)
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let output = self.run(&["ps", "--json"]);
+        let left: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        for machine in left {
+            self.run(&["kill", machine["name"].as_str().unwrap_or("?")]);
+        }
+    }
+}
+
+fn text(output: &Output) -> String {
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    format!("status {:?}\nstdout:\n{out}\nstderr:\n{err}", output.status.code())
+}
+
+fn pid(machine: &Value) -> Pid {
+    let pid = machine["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
+    pid.and_then(Pid::from_raw).expect("a machine has a process")
+}
+
+/// Tries until it is so.
+#[track_caller]
+fn until<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        if let Some(found) = attempt() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_detached_machine_is_listed_logged_and_killed() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    let name = host.detach(&["--name", "web", "-p", "0:80"], STAY);
+    assert_eq!(name, "web");
+    let list = host.ps(&[]);
+    assert_eq!(list.len(), 1);
+    let web = &list[0];
+    assert_eq!(
+        (&web["name"], &web["state"], &web["image"]),
+        (&"web".into(), &"running".into(), &"probe".into())
+    );
+    assert_eq!((&web["memory"], &web["net"]), (&(64 << 20).into(), &"nat".into()));
+    assert!(web["mac"].as_str().is_some_and(|mac| mac.starts_with("52:54:00:")));
+    let port = web["published"][0].as_str().expect("a port is published");
+    assert!(port.starts_with("127.0.0.1:") && port.ends_with(":80") && !port.contains(":0:"), "{port}");
+    let table = host.ok(&["ps"]);
+    assert!(table.starts_with("NAME") && table.contains("web") && table.contains("64M"), "{table}");
+    until("the probe says that it has booted", || {
+        host.ok(&["logs", "web"]).contains("\"boot\"").then_some(())
+    });
+    // It has a session of its own, and nothing of this process's.
+    let stat = fs::read_to_string(format!("/proc/{}/stat", web["pid"])).expect("the process lives");
+    let fields: Vec<_> = stat.rsplit(')').next().expect("after the name").split_whitespace().collect();
+    assert_eq!(fields[3], web["pid"].to_string(), "the session's leader is the machine");
+    assert_eq!(
+        fs::read_link(format!("/proc/{}/fd/0", web["pid"])).expect("it has an input"),
+        PathBuf::from("/dev/null")
+    );
+    assert_eq!(host.ok(&["kill", "web"]), "web\n");
+    assert!(host.ps(&[]).is_empty());
+    let ended = &host.ps(&["-a"])[0];
+    assert_eq!((&ended["state"], &ended["exit"]["status"]), (&"ended".into(), &143.into()));
+    assert!(host.ok(&["logs", "web"]).contains("\"boot\""), "the log of a machine that ended is kept");
+    let again = host.run(&["kill", "web"]);
+    assert_eq!(again.status.code(), Some(2), "{}", text(&again));
+}
+
+#[test]
+fn a_guest_that_ends_by_itself_leaves_its_status_and_its_log() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    host.detach(&["--name", "job", "--net", "none"], "probe.do=end=7");
+    let job = until("the job ends", || host.ps(&["-a"]).into_iter().find(|m| m["state"] == "ended"));
+    assert_eq!(job["exit"]["status"], 7);
+    assert!(host.ok(&["ps", "--all"]).contains("ended (7)"));
+}
+
+#[test]
+fn two_machines_of_one_name_are_one_machine_and_one_error() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    let start = || {
+        let args = ["run", "probe", "--accel", "kvm", "--memory", "64M", "--name", "x", "--timeout", "120"];
+        let mut pontoon = host.pontoon(&[&args[..], &["--detach", "--cmdline", STAY]].concat());
+        pontoon.command().stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("pontoon starts")
+    };
+    let both = [start(), start(), start()].map(|child| child.wait_with_output().expect("pontoon ends"));
+    let (won, lost): (Vec<_>, Vec<_>) = both.iter().partition(|output| output.status.success());
+    assert_eq!((won.len(), lost.len()), (1, 2), "{}", both.each_ref().map(text).join("\n"));
+    let pid = host.ps(&[])[0]["pid"].to_string();
+    for output in lost {
+        assert_eq!(output.status.code(), Some(2), "{}", text(output));
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(error.contains("called x is running") && error.contains(&pid), "{error}");
+    }
+}
+
+#[test]
+fn machines_without_a_name_are_numbered_and_have_their_own_addresses() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    assert_eq!(host.detach(&[], STAY), "vm1");
+    assert_eq!(host.detach(&[], STAY), "vm2");
+    let list = host.ps(&[]);
+    assert_ne!(list[0]["mac"], list[1]["mac"]);
+    host.ok(&["kill", "vm1"]);
+    assert_eq!(host.detach(&[], STAY), "vm1");
+    assert_eq!(host.ok(&["kill", "vm1", "vm2"]), "vm1\nvm2\n");
+}
+
+#[test]
+fn a_machine_that_was_killed_by_force_is_seen_as_such_and_its_name_is_free() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    host.detach(&["--name", "a"], STAY);
+    let machine = &host.ps(&[])[0];
+    kill_process(pid(machine), Signal::KILL).expect("it is ours");
+    let ended = until("the machine is dead", || host.ps(&["-a"]).into_iter().find(|m| m["state"] == "ended"));
+    assert_eq!(ended["exit"]["status"], 137);
+    assert!(ended["exit"]["reason"].as_str().is_some_and(|reason| reason.contains("killed")));
+    assert_eq!(host.detach(&["--name", "a"], STAY), "a");
+}
+
+#[test]
+fn what_keeps_a_detached_machine_from_starting_is_told_by_the_command() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    let bad = host.run(&["run", "--kernel", "/nonexistent/vmlinuz", "--accel", "kvm", "--net", "none", "-d"]);
+    assert_eq!(bad.status.code(), Some(2), "{}", text(&bad));
+    assert!(String::from_utf8_lossy(&bad.stderr).contains("/nonexistent/vmlinuz") && bad.stdout.is_empty());
+    let holder = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("loopback has free ports");
+    let port = format!("{}:80", holder.local_addr().expect("it is bound").port());
+    let taken = host.run(&["run", "probe", "--accel", "kvm", "-d", "-p", &port]);
+    assert_eq!(taken.status.code(), Some(2), "{}", text(&taken));
+    assert!(host.ps(&["-a"]).is_empty(), "nothing is left of either");
+}
+
+#[test]
+fn a_detached_machine_in_the_lab_is_refused_with_the_way_to_do_it() {
+    let host = Host::new();
+    let refused = host.run(&["run", "probe", "--accel", "lab", "--detach"]);
+    assert_eq!(refused.status.code(), Some(2), "{}", text(&refused));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("pontoon lab -- "));
+}
+
+#[test]
+fn a_runtime_folder_that_cannot_be_used_stops_a_detached_machine_only() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    let folder = host.dir.path().join("pontoon");
+    fs::create_dir(&folder).expect("a new directory is writable");
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).expect("it is ours");
+    let args =
+        ["run", "probe", "--accel", "kvm", "--memory", "64M", "--net", "none", "--cmdline", "probe.do=end=3"];
+    let detached = host.run(&[&args[..], &["--detach"]].concat());
+    assert_eq!(detached.status.code(), Some(2), "{}", text(&detached));
+    assert!(String::from_utf8_lossy(&detached.stderr).contains("chmod 700"));
+    let front = host.run(&args);
+    assert_eq!(front.status.code(), Some(3), "{}", text(&front));
+    assert!(String::from_utf8_lossy(&front.stderr).contains("chmod 700"));
+    for command in [&["ps"][..], &["kill", "x"], &["logs", "x"]] {
+        assert_eq!(host.run(command).status.code(), Some(2), "{command:?}");
+    }
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o700)).expect("it is ours");
+}
+
+/// A foreground machine, once it is listed.
+fn in_the_foreground(host: &Host) -> (Child, Value) {
+    let args = ["run", "probe", "--accel", "kvm", "--memory", "64M", "--timeout", "120", "--cmdline", STAY];
+    let mut pontoon = host.pontoon(&args);
+    let child =
+        pontoon.command().stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("pontoon starts");
+    let machine = until("it runs", || host.ps(&[]).into_iter().find(|m| m["state"] == "running"));
+    (child, machine)
+}
+
+#[test]
+fn a_machine_in_the_foreground_is_listed_and_leaves_nothing() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    let (mut child, machine) = in_the_foreground(&host);
+    assert_eq!(machine["name"], "vm1");
+    let logs = host.run(&["logs", "vm1"]);
+    assert_eq!(logs.status.code(), Some(2), "{}", text(&logs));
+    host.ok(&["kill", "vm1"]);
+    assert_eq!(child.wait().expect("it ends").code(), Some(143));
+    assert!(host.ps(&["-a"]).is_empty() && !host.folder("vm1").exists());
+    let (mut child, _) = in_the_foreground(&host);
+    child.kill().expect("it is ours");
+    child.wait().expect("it ends");
+    assert!(host.ps(&["-a"]).is_empty() && !host.folder("vm1").exists());
+}
+
+#[test]
+fn a_machine_whose_starter_is_gone_before_it_runs_ends() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    // What `run --detach` starts, with nobody at the other end of its pipe.
+    let args = ["--detached", "run", "probe", "--accel", "kvm", "--memory", "64M", "-d", "--cmdline", STAY];
+    let mut pontoon = host.pontoon(&args);
+    let output = pontoon.command().stdout(writer).output().expect("pontoon starts");
+    assert_eq!(output.status.code(), Some(125), "{}", text(&output));
+    assert!(host.ps(&["-a"]).is_empty());
+}
+
+#[test]
+fn following_a_log_ends_with_the_machine() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    host.detach(&["--name", "a", "--net", "none"], "probe.do=wait=1500;end=0");
+    let mut pontoon = host.pontoon(&["logs", "-f", "a"]);
+    let mut child = pontoon.command().stdout(Stdio::piped()).spawn().expect("pontoon starts");
+    let lines: Vec<String> =
+        BufReader::new(child.stdout.take().expect("it is piped")).lines().map_while(Result::ok).collect();
+    assert_eq!(child.wait().expect("it ends").code(), Some(0));
+    let verbs = |verb: &str| lines.iter().filter(|line| line.contains(verb)).count();
+    assert_eq!((verbs("\"boot\""), verbs("\"wait\"")), (1, 1), "{lines:?}");
+}

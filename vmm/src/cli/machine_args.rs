@@ -1,0 +1,37 @@
+//! What the user may type about machines that run.
+
+use clap::Args;
+use vmm::runtime::MachineName;
+
+#[derive(Debug, Args)]
+pub(crate) struct PsArgs {
+    /// Show detached machines that have ended, too, and how
+    #[arg(short, long)]
+    pub(crate) all: bool,
+
+    /// Print a JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KillArgs {
+    /// The machines' names
+    #[arg(required = true, value_name = "NAME")]
+    pub(crate) names: Vec<MachineName>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogsArgs {
+    /// The machine's name; one that has ended is as good
+    #[arg(value_name = "NAME")]
+    pub(crate) name: MachineName,
+
+    /// Go on with what the guest writes from now on, until the machine ends
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+
+    /// What the machine's own process had to say, instead of the guest's console
+    #[arg(long)]
+    pub(crate) vmm: bool,
+}

@@ -1,0 +1,153 @@
+//! `pontoon ps`, `stop` and `kill`: the machines of this user.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::anyhow;
+use serde_json::{Value, json};
+use vmm::runtime::{Condition, Entry, MachineName, Process, Runtime};
+
+use super::machine_args::{KillArgs, PsArgs};
+use super::registry::failure;
+use super::{Failure, output};
+
+/// How long a process may take to end in order, once asked by a signal, before it is killed.
+const ORDERLY: Duration = Duration::from_secs(5);
+/// How long the kernel may take to end a process that it killed.
+const KILLED: Duration = Duration::from_secs(10);
+
+pub(crate) fn ps(args: &PsArgs) -> Result<u8, Failure> {
+    let runtime = Runtime::open().map_err(failure)?;
+    let mut entries = runtime.list().map_err(failure)?;
+    entries.retain(|entry| args.all || entry.is_alive());
+    if args.json {
+        output::json(&entries.iter().map(describe).collect::<Vec<_>>());
+        return Ok(0);
+    }
+    let rows: Vec<_> = entries.iter().map(row).collect();
+    output::table(&["NAME", "STATE", "IMAGE", "ADDRESS", "PORTS", "MEMORY", "UPTIME"], &rows);
+    Ok(0)
+}
+
+fn describe(entry: &Entry) -> Value {
+    let mut object = match entry.state() {
+        Ok(state) => serde_json::to_value(state).unwrap_or_default(),
+        Err(error) => json!({ "error": error.to_string() }),
+    };
+    object["name"] = json!(entry.name());
+    object["state"] = json!(entry.condition().as_str());
+    object["uptime_s"] = json!(uptime(entry).map(|up| up.as_secs()));
+    object["folder"] = json!(entry.folder());
+    object
+}
+
+fn row(entry: &Entry) -> Vec<String> {
+    let name = entry.name().to_string();
+    let Ok(state) = entry.state() else {
+        return vec![name, Condition::Unreadable.as_str().to_owned()];
+    };
+    let condition = match &state.exit {
+        Some(exit) if !entry.is_alive() => format!("ended ({}): {}", exit.status, exit.reason),
+        _ => entry.condition().as_str().to_owned(),
+    };
+    let kernel =
+        || state.kernel.as_ref().and_then(|path| path.file_name()).map(|name| name.to_string_lossy().into());
+    let image = state.image.clone().or_else(kernel);
+    [
+        name,
+        condition,
+        image.unwrap_or_default(),
+        String::new(),
+        state.published.join(" "),
+        format!("{}M", state.memory >> 20),
+        uptime(entry).map(words).unwrap_or_default(),
+    ]
+    .map(cell)
+    .to_vec()
+}
+
+/// A cell is never empty, and has nothing in it that a terminal would obey.
+fn cell(text: String) -> String {
+    if text.is_empty() {
+        return "-".to_owned();
+    }
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
+fn uptime(entry: &Entry) -> Option<Duration> {
+    let started = entry.state().ok().filter(|_| entry.is_alive())?.started_at;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs();
+    Some(Duration::from_secs(now.saturating_sub(started)))
+}
+
+/// A duration as its two largest units.
+fn words(span: Duration) -> String {
+    let s = span.as_secs();
+    let (days, hours, minutes) = (s / 86400, s / 3600 % 24, s / 60 % 60);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{s}s"),
+        (0, 0, m) => format!("{m}m {}s", s % 60),
+        (0, h, m) => format!("{h}h {m}m"),
+        (d, h, _) => format!("{d}d {h}h"),
+    }
+}
+
+pub(crate) fn kill(args: &KillArgs) -> Result<u8, Failure> {
+    each(&args.names, |runtime, name| {
+        let process = runtime.find_alive(name).and_then(|entry| entry.process()).map_err(failure)?;
+        end(&process, name)
+    })
+}
+
+/// Ends a machine's process: in order, or else by force.
+fn end(process: &Process, name: &MachineName) -> Result<(), Failure> {
+    let signal = |what: std::io::Result<()>| {
+        what.map_err(|error| anyhow!(error).context(format!("ending process {} of {name}", process.pid())))
+            .map_err(Failure::machine)
+    };
+    signal(process.terminate())?;
+    if process.wait(ORDERLY) {
+        return Ok(());
+    }
+    signal(process.kill())?;
+    if process.wait(KILLED) {
+        return Ok(());
+    }
+    Err(Failure::machine(anyhow!("process {} of {name} does not end, though it was killed", process.pid())))
+}
+
+/// Does something with each machine, prints the names of those with which it went well, and fails as the first that didn't.
+fn each(
+    names: &[MachineName],
+    work: impl Fn(&Runtime, &MachineName) -> Result<(), Failure>,
+) -> Result<u8, Failure> {
+    let runtime = Runtime::open().map_err(failure)?;
+    let mut first = None;
+    for name in names {
+        match work(&runtime, name) {
+            Ok(()) => output::line(name.as_str()),
+            Err(error) => {
+                if let Some(Failure::Usage(before) | Failure::Machine(before)) = first.replace(error) {
+                    output::error(&before);
+                }
+            }
+        }
+    }
+    first.map_or(Ok(0), Err)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_uptime_reads_as_its_two_largest_units() {
+        let said = [0, 59, 61, 3600 + 120, 2 * 86400 + 3 * 3600].map(|s| words(Duration::from_secs(s)));
+        assert_eq!(said, ["0s", "59s", "1m 1s", "1h 2m", "2d 3h"]);
+    }
+
+    #[test]
+    fn a_cell_has_nothing_that_a_terminal_obeys() {
+        assert_eq!(cell("a\x1b[2Jb\n".into()), "a?[2Jb?");
+        assert_eq!(cell(String::new()), "-");
+    }
+}

@@ -1,0 +1,111 @@
+//! The machine of `pontoon run` in the runtime folder, so that other commands find it.
+//!
+//! A machine in the foreground does without where the folder cannot be used; a detached one cannot, since nothing else would
+//! lead to it.
+
+use net::MacAddr;
+use vmm::runtime::{
+    CONSOLE_LOG, CONSOLE_LOG_OLD, Claim, ConsoleLog, LOG_MAX, MachineName, Phase, Runtime, RuntimeError,
+    State,
+};
+
+use super::args::RunArgs;
+use super::network::Network;
+use super::{Failure, output};
+
+/// The machine's place in the runtime folder, if it has one.
+pub(crate) struct Registered {
+    claim: Option<Claim>,
+}
+
+/// What went wrong with the folder is mostly for the user to mend.
+pub(crate) fn failure(error: RuntimeError) -> Failure {
+    match error {
+        RuntimeError::Io { .. } => Failure::machine(error),
+        _ => Failure::usage(error),
+    }
+}
+
+/// Takes the machine's name; the next free `vmN` if none was given. `args` has it then.
+pub(crate) fn register(args: &mut RunArgs, detached: bool) -> Result<Registered, Failure> {
+    let state = State {
+        detached,
+        image: args.image.clone(),
+        kernel: args.kernel.clone(),
+        cpus: args.cpus,
+        memory: args.memory.0,
+        net: args.net.to_string(),
+        published: args.publish.iter().map(ToString::to_string).collect(),
+        console_log: args.console.as_ref().and_then(|path| std::path::absolute(path).ok()),
+        ..State::default()
+    };
+    let claimed = Runtime::open().and_then(|runtime| match &args.name {
+        Some(name) => runtime.claim(name, state),
+        None => runtime.claim_numbered(state),
+    });
+    match claimed {
+        Ok(claim) => {
+            let first = MachineName::numbered(1);
+            if args.name.is_none() && *claim.name() != first {
+                output::note(&format!("{first} is running already; this machine is {}", claim.name()));
+            }
+            args.name = Some(claim.name().clone());
+            Ok(Registered { claim: Some(claim) })
+        }
+        Err(error @ (RuntimeError::Taken { .. } | RuntimeError::NoFreeName(_))) => Err(failure(error)),
+        Err(error) if detached => Err(failure(error)),
+        Err(error) => {
+            output::note(&format!("{error}; until then other commands don't see this machine"));
+            Ok(Registered { claim: None })
+        }
+    }
+}
+
+impl Registered {
+    /// The claim, for what else lives in the machine's folder.
+    pub(crate) fn claim(&self) -> Option<&Claim> {
+        self.claim.as_ref()
+    }
+
+    /// The log of a detached machine's console, unless that goes to a file of the user's.
+    pub(crate) fn console_log(&mut self) -> Result<Option<ConsoleLog>, Failure> {
+        let Some(claim) = self.claim.as_mut().filter(|claim| {
+            let state = claim.state();
+            state.detached && state.console_log.is_none()
+        }) else {
+            return Ok(None);
+        };
+        let path = claim.file(CONSOLE_LOG);
+        let log = ConsoleLog::create(&path, &claim.file(CONSOLE_LOG_OLD), LOG_MAX)
+            .map_err(|error| anyhow::anyhow!(error).context(format!("creating {}", path.display())))
+            .map_err(Failure::machine)?;
+        claim.update(|state| state.console_log = Some(path)).map_err(failure)?;
+        Ok(Some(log))
+    }
+
+    /// Tells that the guest runs, and on what network.
+    pub(crate) fn running(&mut self, network: &Network) -> Result<(), Failure> {
+        let Some(claim) = &mut self.claim else { return Ok(()) };
+        let updated = claim.update(|state| {
+            state.state = Phase::Running;
+            state.mac = network.mac.as_ref().map(MacAddr::to_string);
+            state.subnet.clone_from(&network.network);
+            state.interface.clone_from(&network.interface);
+            state.published.clone_from(&network.published);
+        });
+        match updated {
+            Err(error) if !claim.state().detached => {
+                output::note(&error.to_string());
+                Ok(())
+            }
+            other => other.map_err(failure),
+        }
+    }
+
+    /// Tells how the machine ended, and gives the name back.
+    pub(crate) fn end(self, status: u8, reason: &str) {
+        if let Some(claim) = self.claim {
+            claim.end(status, reason);
+        }
+    }
+}

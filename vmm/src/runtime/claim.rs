@@ -1,0 +1,225 @@
+//! A machine's own hold on its name and folder.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use super::error::RuntimeError;
+use super::lock::{self, Outer};
+use super::name::MachineName;
+use super::place::{Runtime, make_private};
+use super::state::{self, Exit, Phase, SCHEMA, State};
+use super::{CONSOLE_LOG, CONSOLE_LOG_OLD, ENDED_MAX, VMM_LOG};
+
+/// Names are looked for from `vm1` to this one.
+const NUMBERED_MAX: u32 = 9999;
+/// What stays of a detached machine.
+const KEPT: [&str; 5] = ["lock", "state.json", CONSOLE_LOG, CONSOLE_LOG_OLD, VMM_LOG];
+
+impl Runtime {
+    /// Takes the name: makes the machine's folder, with `state` in it as "starting" with this process's number.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Taken`] when a machine of that name is alive; others when the folder cannot be used.
+    pub fn claim(&self, name: &MachineName, state: State) -> Result<Claim, RuntimeError> {
+        let outer = Outer::take(self.path())?;
+        self.claim_under(&outer, name, state)
+    }
+
+    /// Takes the first of `vm1`, `vm2`, … that no living machine has.
+    ///
+    /// # Errors
+    /// As [`Self::claim`], and when there is none up to `vm9999`.
+    pub fn claim_numbered(&self, state: State) -> Result<Claim, RuntimeError> {
+        let outer = Outer::take(self.path())?;
+        for n in 1..=NUMBERED_MAX {
+            match self.claim_under(&outer, &MachineName::numbered(n), state.clone()) {
+                Err(RuntimeError::Taken { .. }) => {}
+                other => return other,
+            }
+        }
+        Err(RuntimeError::NoFreeName(NUMBERED_MAX))
+    }
+
+    fn claim_under(&self, outer: &Outer, name: &MachineName, state: State) -> Result<Claim, RuntimeError> {
+        self.check_length(name)?;
+        let dir = self.machine(name);
+        make_private(&dir)?;
+        let path = dir.join("lock");
+        let Some(lock) = lock::take(&path, outer).map_err(RuntimeError::io("locking", &path))? else {
+            let pid = State::read(&dir).ok().map(|state| state.pid);
+            return Err(RuntimeError::Taken { name: name.clone(), pid });
+        };
+        // Whatever a machine before us left: its log, its sockets.
+        empty(&dir, &["lock"]).map_err(RuntimeError::io("emptying", &dir))?;
+        let state = State {
+            schema: SCHEMA,
+            name: name.to_string(),
+            pid: std::process::id(),
+            state: Phase::Starting,
+            started_at: state::now(),
+            exit: None,
+            ..state
+        };
+        state.write(&dir).map_err(RuntimeError::io("writing the machine's state to", &dir))?;
+        self.forget_oldest(outer);
+        Ok(Claim { runtime: self.clone(), name: name.clone(), dir, state, lock: Some(lock) })
+    }
+
+    /// Tidies up after a machine that is gone without having done so itself. True when it was dead.
+    pub(super) fn tidy(&self, name: &MachineName) -> Result<bool, RuntimeError> {
+        let outer = Outer::take(self.path())?;
+        let dir = self.machine(name);
+        if !dir.join("lock").exists() {
+            // Half made by a claim that failed, or no machine's at all: only an empty folder goes.
+            let _ = fs::remove_dir(&dir);
+            return Ok(true);
+        }
+        let path = dir.join("lock");
+        let Some(_lock) = lock::take(&path, &outer).map_err(RuntimeError::io("locking", &path))? else {
+            return Ok(false);
+        };
+        match State::read(&dir) {
+            Ok(state) if state.state == Phase::Ended => {}
+            Ok(state) if state.detached => {
+                let reason = "its process was killed or crashed: it left no word".to_owned();
+                leave(&dir, state, Exit { status: 137, reason, at: state::now() })
+                    .map_err(RuntimeError::io("tidying up", &dir))?;
+            }
+            // In the foreground its terminal has told everything.
+            Ok(_) | Err(_) => self.remove(&outer, &dir),
+        }
+        Ok(true)
+    }
+
+    /// Removes a dead machine's folder at once for everybody who looks. What fails is tried again by the next.
+    fn remove(&self, _: &Outer, dir: &Path) {
+        let gone = self.path().join(format!(".gone-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&gone);
+        let removed = fs::rename(dir, &gone).and_then(|()| fs::remove_dir_all(&gone));
+        if let Err(e) = removed
+            && e.kind() != io::ErrorKind::NotFound
+        {
+            tracing::info!(folder = %dir.display(), error = %e, "what a machine left could not be removed");
+        }
+    }
+
+    /// Keeps the number of machines that have ended within [`ENDED_MAX`], and removes what an interrupted removal left.
+    fn forget_oldest(&self, outer: &Outer) {
+        let mut ended = Vec::new();
+        for name in fs::read_dir(self.path()).into_iter().flatten().flatten().map(|entry| entry.file_name()) {
+            let Some(text) = name.to_str() else { continue };
+            if text.starts_with(".gone-") {
+                let _ = fs::remove_dir_all(self.path().join(text));
+            }
+            let Ok(name) = text.parse::<MachineName>() else { continue };
+            let dir = self.machine(&name);
+            // The state first: the locks of living machines need not be touched.
+            if let Ok(State { exit: Some(exit), .. }) = State::read(&dir)
+                && lock::is_held(&dir.join("lock")).is_ok_and(|held| !held)
+            {
+                ended.push((exit.at, dir));
+            }
+        }
+        ended.sort();
+        let surplus = ended.len().saturating_sub(ENDED_MAX);
+        for (_, dir) in &ended[..surplus] {
+            self.remove(outer, dir);
+        }
+    }
+}
+
+/// Writes the last state and removes everything that only a living machine needs.
+fn leave(dir: &Path, state: State, exit: Exit) -> io::Result<()> {
+    State { state: Phase::Ended, exit: Some(exit), ..state }.write(dir)?;
+    empty(dir, &KEPT)
+}
+
+/// Removes what is in a machine's folder, except for the files called `keep`.
+fn empty(dir: &Path, keep: &[&str]) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_name().to_str().is_some_and(|name| keep.contains(&name)) {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// A name that is this process's, with its folder. Dropping it without [`Claim::end`] leaves nothing: the machine did not
+/// get to run.
+#[derive(Debug)]
+pub struct Claim {
+    runtime: Runtime,
+    name: MachineName,
+    dir: PathBuf,
+    state: State,
+    lock: Option<OwnedFd>,
+}
+
+impl Claim {
+    /// The name.
+    pub fn name(&self) -> &MachineName {
+        &self.name
+    }
+
+    /// The path of a file in the machine's folder.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// What was last written.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Changes the state, in the file too.
+    ///
+    /// # Errors
+    /// When the file cannot be written; readers then find the state before.
+    pub fn update(&mut self, change: impl FnOnce(&mut State)) -> Result<(), RuntimeError> {
+        change(&mut self.state);
+        self.state.write(&self.dir).map_err(RuntimeError::io("writing the machine's state to", &self.dir))
+    }
+
+    /// Gives the name back after the machine has run. A detached machine leaves its console's log and how it ended.
+    pub fn end(mut self, status: u8, reason: &str) {
+        if !self.state.detached {
+            return; // The drop removes everything.
+        }
+        let exit = Exit { status, reason: reason.to_owned(), at: state::now() };
+        // Without the outer lock: the name is ours until our own lock goes.
+        if let Err(e) = leave(&self.dir, self.state.clone(), exit) {
+            tracing::warn!(folder = %self.dir.display(), error = %e, "the machine's last state could not be written");
+        }
+        self.lock = None;
+    }
+}
+
+#[cfg(test)]
+impl Claim {
+    /// The process dies here and now.
+    pub(super) fn crash(mut self) {
+        self.lock = None;
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if self.lock.is_none() {
+            return;
+        }
+        match Outer::take(self.runtime.path()) {
+            Ok(outer) => self.runtime.remove(&outer, &self.dir),
+            Err(e) => {
+                tracing::info!(error = %e, "the machine's folder is left for the next command to remove")
+            }
+        }
+    }
+}

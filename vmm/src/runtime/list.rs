@@ -1,0 +1,229 @@
+//! The machines that there are, seen from another process.
+
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use super::error::RuntimeError;
+use super::lock::{self, Outer};
+use super::name::MachineName;
+use super::place::Runtime;
+use super::state::{Phase, State, StateError};
+
+/// What a machine is doing, by its lock and its state together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// Alive; its guest does not run yet.
+    Starting,
+    /// Alive.
+    Running,
+    /// Dead, and it was detached: what is left says how it ended.
+    Ended,
+    /// Alive, or dead, with a state that this program cannot read.
+    Unreadable,
+}
+
+impl Condition {
+    /// As a word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Ended => "ended",
+            Self::Unreadable => "unreadable",
+        }
+    }
+}
+
+/// A machine as its folder shows it.
+#[derive(Debug)]
+pub struct Entry {
+    runtime: Runtime,
+    name: MachineName,
+    dir: PathBuf,
+    alive: bool,
+    state: Result<State, StateError>,
+}
+
+impl Runtime {
+    /// The machines that there are, by name; those that have ended and left something are among them. Tidies up after
+    /// machines that were killed.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn list(&self) -> Result<Vec<Entry>, RuntimeError> {
+        let reading = || RuntimeError::io("reading", self.path());
+        let mut found = Vec::new();
+        for entry in fs::read_dir(self.path()).map_err(reading())? {
+            let name = entry.map_err(reading())?.file_name();
+            let Some(name) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
+            found.extend(self.look(&name));
+        }
+        found.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(found)
+    }
+
+    /// The machine of that name, alive or ended.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Unknown`] when there is none.
+    pub fn find(&self, name: &MachineName) -> Result<Entry, RuntimeError> {
+        self.look(name).ok_or_else(|| RuntimeError::Unknown(name.clone()))
+    }
+
+    /// The living machine of that name.
+    ///
+    /// # Errors
+    /// [`RuntimeError::NotRunning`] when it has ended, [`RuntimeError::Unknown`] when there is none.
+    pub fn find_alive(&self, name: &MachineName) -> Result<Entry, RuntimeError> {
+        let entry = self.find(name)?;
+        if entry.alive { Ok(entry) } else { Err(RuntimeError::NotRunning(name.clone())) }
+    }
+
+    /// What is there of that name; nothing, if it vanishes meanwhile.
+    fn look(&self, name: &MachineName) -> Option<Entry> {
+        let dir = self.machine(name);
+        let held = || lock::is_held(&dir.join("lock")).unwrap_or(false);
+        if !fs::symlink_metadata(&dir).is_ok_and(|meta| meta.is_dir()) {
+            return None;
+        }
+        let mut alive = held();
+        if !alive && !matches!(State::read(&dir), Ok(State { state: Phase::Ended, .. })) {
+            // Dead without a word, or just being made or removed: under the outer lock that is certain.
+            match self.tidy(name) {
+                Ok(dead) => alive = !dead,
+                Err(e) => tracing::info!(%name, error = %e, "what a dead machine left stays"),
+            }
+        }
+        // Gone, as it may be at any time.
+        if !dir.join("lock").exists() {
+            return None;
+        }
+        let state = State::read(&dir);
+        Some(Entry { runtime: self.clone(), name: name.clone(), dir, alive, state })
+    }
+}
+
+impl Entry {
+    /// Its name.
+    pub fn name(&self) -> &MachineName {
+        &self.name
+    }
+
+    /// Whether its process was alive when it was looked at.
+    pub fn is_alive(&self) -> bool {
+        self.alive
+    }
+
+    /// What it says of itself.
+    pub fn state(&self) -> Result<&State, &StateError> {
+        self.state.as_ref()
+    }
+
+    /// What it is doing.
+    pub fn condition(&self) -> Condition {
+        match (&self.state, self.alive) {
+            (Err(_), _) => Condition::Unreadable,
+            (Ok(_), false) => Condition::Ended,
+            (Ok(state), true) if state.state == Phase::Starting => Condition::Starting,
+            (Ok(_), true) => Condition::Running,
+        }
+    }
+
+    /// The path of a file in its folder.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Its folder.
+    pub fn folder(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Its process, for sure: not one that has got its number since.
+    ///
+    /// # Errors
+    /// [`RuntimeError::NotRunning`] when it is not alive any more.
+    pub fn process(&self) -> Result<Process, RuntimeError> {
+        let dead = || RuntimeError::NotRunning(self.name.clone());
+        let path = self.dir.join("lock");
+        let held = || lock::is_held(&path).map_err(RuntimeError::io("looking at", &path));
+        // Nobody claims a name now: a lock that is held is held by the process that wrote the state.
+        let _outer = Outer::take(self.runtime.path())?;
+        let state = State::read(&self.dir).map_err(|_| dead())?;
+        let pid = i32::try_from(state.pid).ok().and_then(Pid::from_raw).ok_or_else(dead)?;
+        let fd = match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(fd) => fd,
+            Err(Errno::SRCH) => return Err(dead()),
+            Err(e) => return Err(RuntimeError::io("opening the process of", &self.dir)(e)),
+        };
+        // Held still, so the process lived while its number was looked up.
+        if held()? { Ok(Process { pid: state.pid, fd }) } else { Err(dead()) }
+    }
+}
+
+/// A machine's process.
+#[derive(Debug)]
+pub struct Process {
+    pid: u32,
+    fd: OwnedFd,
+}
+
+impl Process {
+    /// Its number.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Waits for its end, for at most `limit`; false when it still lives.
+    pub fn wait(&self, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let left = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
+            match poll(&mut [PollFd::new(&self.fd, PollFlags::IN)], Some(&left)) {
+                Ok(ready) => return ready > 0,
+                Err(Errno::INTR) => {}
+                Err(e) => {
+                    tracing::warn!(pid = self.pid, error = %e, "waiting for the process failed");
+                    return false;
+                }
+            }
+        }
+    }
+
+    /// Asks it to end in order (SIGTERM): as if the machine's plug were pulled. One that is gone already is no error.
+    ///
+    /// # Errors
+    /// When we may not.
+    pub fn terminate(&self) -> std::io::Result<()> {
+        self.signal(Signal::TERM)
+    }
+
+    /// Kills it (SIGKILL). One that is gone already is no error.
+    ///
+    /// # Errors
+    /// When we may not.
+    pub fn kill(&self) -> std::io::Result<()> {
+        self.signal(Signal::KILL)
+    }
+
+    fn signal(&self, signal: Signal) -> std::io::Result<()> {
+        match pidfd_send_signal(&self.fd, signal) {
+            Ok(()) | Err(Errno::SRCH) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+impl AsFd for Process {
+    /// Readable once the process has ended.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}

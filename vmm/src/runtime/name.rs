@@ -1,0 +1,60 @@
+//! Names of machines.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// A machine's name: a host name label (RFC 1035 §2.3.1, with digits first allowed by RFC 1123 §2.1), and so a safe file name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct MachineName(String);
+
+/// A text that cannot be a machine's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a name is a host name: letters, digits and inner hyphens, 63 at most")]
+pub struct BadName;
+
+impl MachineName {
+    /// The `n`th name for a machine that was given none: `vm1`, `vm2`, …
+    pub fn numbered(n: u32) -> Self {
+        Self(format!("vm{n}"))
+    }
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for MachineName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+impl FromStr for MachineName {
+    type Err = BadName;
+
+    fn from_str(text: &str) -> Result<Self, BadName> {
+        let ok = (1..=63).contains(&text.len())
+            && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+            && !text.starts_with('-')
+            && !text.ends_with('-');
+        if ok { Ok(Self(text.to_owned())) } else { Err(BadName) }
+    }
+}
+
+impl TryFrom<String> for MachineName {
+    type Error = BadName;
+
+    fn try_from(text: String) -> Result<Self, BadName> {
+        text.parse()
+    }
+}
+
+impl From<MachineName> for String {
+    fn from(name: MachineName) -> Self {
+        name.0
+    }
+}
