@@ -13,7 +13,7 @@ use net::nat::{Publish, Subnet};
 use net::tap::TapName;
 use vmm::runtime::MachineName;
 
-use super::machine_args::{KillArgs, LogsArgs, PsArgs};
+use super::machine_args::{ConsoleArgs, KillArgs, LogsArgs, PsArgs, StopArgs};
 
 /// Lightweight virtual machines that are on the network the moment they boot.
 #[derive(Debug, Parser)]
@@ -46,10 +46,14 @@ pub(crate) enum Command {
     Run(Box<RunArgs>),
     /// List the machines that run
     Ps(PsArgs),
+    /// Let guests shut down, and end those machines that don't within a time
+    Stop(StopArgs),
     /// End machines at once, as if their plugs were pulled
     Kill(KillArgs),
     /// Print what a detached machine wrote to its console
     Logs(LogsArgs),
+    /// Attach this terminal to a detached machine's console; ctrl-A d leaves it
+    Console(ConsoleArgs),
     /// Build and list guest images
     #[command(subcommand)]
     Image(ImageCommand),

@@ -22,6 +22,28 @@ pub(crate) struct KillArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct StopArgs {
+    /// The machines' names
+    #[arg(required = true, value_name = "NAME")]
+    pub(crate) names: Vec<MachineName>,
+
+    /// Seconds that the guests have to shut down before their machines are ended
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 10)]
+    pub(crate) time: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConsoleArgs {
+    /// The machine's name
+    #[arg(value_name = "NAME")]
+    pub(crate) name: MachineName,
+
+    /// Only read
+    #[arg(long)]
+    pub(crate) read_only: bool,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct LogsArgs {
     /// The machine's name; one that has ended is as good
     #[arg(value_name = "NAME")]

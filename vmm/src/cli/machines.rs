@@ -1,12 +1,13 @@
 //! `pontoon ps`, `stop` and `kill`: the machines of this user.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::collections::HashMap;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::anyhow;
 use serde_json::{Value, json};
 use vmm::runtime::{Condition, Entry, MachineName, Process, Runtime};
 
-use super::machine_args::{KillArgs, PsArgs};
+use super::machine_args::{KillArgs, PsArgs, StopArgs};
 use super::registry::failure;
 use super::{Failure, output};
 
@@ -92,10 +93,40 @@ fn words(span: Duration) -> String {
 }
 
 pub(crate) fn kill(args: &KillArgs) -> Result<u8, Failure> {
-    each(&args.names, |runtime, name| {
+    let runtime = Runtime::open().map_err(failure)?;
+    each(&args.names, |name| {
         let process = runtime.find_alive(name).and_then(|entry| entry.process()).map_err(failure)?;
         end(&process, name)
     })
+}
+
+/// Asks all of the guests first, then waits for all of them.
+pub(crate) fn stop(args: &StopArgs) -> Result<u8, Failure> {
+    let runtime = Runtime::open().map_err(failure)?;
+    let mut asked: HashMap<_, _> = args.names.iter().map(|name| (name, ask_guest(&runtime, name))).collect();
+    let deadline = Instant::now() + Duration::from_secs(args.time.into());
+    each(&args.names, |name| {
+        // A name that is there twice is done with.
+        let Some(outcome) = asked.remove(name) else { return Ok(()) };
+        let (process, asked) = outcome?;
+        if asked && process.wait(deadline.saturating_duration_since(Instant::now())) {
+            return Ok(());
+        }
+        end(&process, name)
+    })
+}
+
+/// The machine's process, and whether its guest could be asked to shut down.
+fn ask_guest(runtime: &Runtime, name: &MachineName) -> Result<(Process, bool), Failure> {
+    let entry = runtime.find_alive(name).map_err(failure)?;
+    let process = entry.process().map_err(failure)?;
+    let asked = entry.control().and_then(|mut client| client.power_button());
+    if let Err(error) = &asked {
+        output::note(&format!(
+            "{name}: the guest can't be asked to shut down ({error}); the machine is ended"
+        ));
+    }
+    Ok((process, asked.is_ok()))
 }
 
 /// Ends a machine's process: in order, or else by force.
@@ -118,12 +149,11 @@ fn end(process: &Process, name: &MachineName) -> Result<(), Failure> {
 /// Does something with each machine, prints the names of those with which it went well, and fails as the first that didn't.
 fn each(
     names: &[MachineName],
-    work: impl Fn(&Runtime, &MachineName) -> Result<(), Failure>,
+    mut work: impl FnMut(&MachineName) -> Result<(), Failure>,
 ) -> Result<u8, Failure> {
-    let runtime = Runtime::open().map_err(failure)?;
     let mut first = None;
     for name in names {
-        match work(&runtime, name) {
+        match work(name) {
             Ok(()) => output::line(name.as_str()),
             Err(error) => {
                 if let Some(Failure::Usage(before) | Failure::Machine(before)) = first.replace(error) {

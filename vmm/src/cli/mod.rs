@@ -6,6 +6,7 @@
 mod args;
 mod attach;
 mod check;
+mod console;
 mod detach;
 mod image;
 mod inlab;
@@ -16,6 +17,7 @@ mod machines;
 mod network;
 mod output;
 mod registry;
+mod relay;
 mod run;
 mod signals;
 
@@ -64,6 +66,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Run(args) => run::run(*args, cli.detached),
         Command::Ps(args) => machines::ps(&args),
         Command::Kill(args) => machines::kill(&args),
+        Command::Stop(args) => machines::stop(&args),
+        Command::Console(args) => console::console(&args),
         Command::Logs(args) => logs::logs(&args),
         Command::Image(command) => image::image(command),
         Command::Net(command) => attach::net(command),

@@ -3,10 +3,13 @@
 //! A machine in the foreground does without where the folder cannot be used; a detached one cannot, since nothing else would
 //! lead to it.
 
+use anyhow::{Context, anyhow};
 use net::MacAddr;
+use vmm::machine::MachineBuilder;
+use vmm::runtime::control::{Console, Control, ControlError};
 use vmm::runtime::{
-    CONSOLE_LOG, CONSOLE_LOG_OLD, Claim, ConsoleLog, LOG_MAX, MachineName, Phase, Runtime, RuntimeError,
-    State,
+    CONSOLE_LOG, CONSOLE_LOG_OLD, CONTROL_SOCKET, Claim, ConsoleLog, LOG_MAX, MachineName, Phase, Runtime,
+    RuntimeError, State,
 };
 
 use super::args::RunArgs;
@@ -61,10 +64,47 @@ pub(crate) fn register(args: &mut RunArgs, detached: bool) -> Result<Registered,
     }
 }
 
+/// Why a machine that was found could not be asked.
+pub(crate) fn asking(name: &MachineName, error: ControlError) -> Failure {
+    match error {
+        ControlError::Refused(_) => Failure::usage(anyhow!("{name}: {error}")),
+        _ => Failure::machine(anyhow!("{name}: {error}")),
+    }
+}
+
 impl Registered {
     /// The claim, for what else lives in the machine's folder.
     pub(crate) fn claim(&self) -> Option<&Claim> {
         self.claim.as_ref()
+    }
+
+    /// Whether it is a machine without a terminal.
+    pub(crate) fn is_detached(&self) -> bool {
+        self.claim.as_ref().is_some_and(|claim| claim.state().detached)
+    }
+
+    /// Lets the machine serve its control socket.
+    pub(crate) fn serve(
+        &self,
+        builder: MachineBuilder,
+        console: Option<Console>,
+    ) -> Result<MachineBuilder, Failure> {
+        let Some(claim) = &self.claim else { return Ok(builder) };
+        let path = claim.file(CONTROL_SOCKET);
+        let control = Control::bind(&path).with_context(|| format!("listening at {}", path.display()));
+        let control = match control {
+            Ok(control) => control,
+            Err(error) if self.is_detached() => return Err(Failure::machine(error)),
+            Err(error) => {
+                output::note(&format!("{error:#}; other commands can't ask this machine anything"));
+                return Ok(builder);
+            }
+        };
+        let control = match console {
+            Some(console) => control.console(console),
+            None => control,
+        };
+        Ok(builder.worker(move |remote| control.serve(remote)))
     }
 
     /// The log of a detached machine's console, unless that goes to a file of the user's.
@@ -77,7 +117,7 @@ impl Registered {
         };
         let path = claim.file(CONSOLE_LOG);
         let log = ConsoleLog::create(&path, &claim.file(CONSOLE_LOG_OLD), LOG_MAX)
-            .map_err(|error| anyhow::anyhow!(error).context(format!("creating {}", path.display())))
+            .with_context(|| format!("creating {}", path.display()))
             .map_err(Failure::machine)?;
         claim.update(|state| state.console_log = Some(path)).map_err(failure)?;
         Ok(Some(log))

@@ -13,13 +13,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use devices::serial::Hold;
-use guest_images::initrd::{self, Console, Request};
+use guest_images::initrd::{self, Console as ConsoleMode, Request};
 use guest_images::{Store, store};
 use serde_json::json;
 use vmm::boot::Kernel;
 use vmm::console::RawMode;
 use vmm::kvm::{Host, KvmKind, VmError};
 use vmm::machine::{BuildError, DEFAULT_CMDLINE, ExitReason, Machine, MachineBuilder, Running};
+use vmm::runtime::Scrollback;
+use vmm::runtime::control::Console;
 
 use super::args::{Accel, RunArgs};
 use super::network;
@@ -236,7 +238,7 @@ fn initrd_with_request(args: &RunArgs, path: &PathBuf, terminal: bool) -> Result
         argv: args.command.clone(),
         env: Vec::new(),
         hostname: Some(args.host_name().to_owned()),
-        console: if terminal { Console::Terminal } else { Console::Bytes },
+        console: if terminal { ConsoleMode::Terminal } else { ConsoleMode::Bytes },
     };
     let whole = initrd::with_request(&bytes, &request).map_err(Failure::usage)?;
     Ok(Kernel::Bytes(Cow::Owned(whole)))
@@ -248,30 +250,56 @@ fn console(
     boot: &Boot,
     registered: &mut Registered,
 ) -> Result<MachineBuilder, Failure> {
-    if let Some(log) = registered.console_log()? {
-        return Ok(builder.serial_output(log));
-    }
-    let builder = match &args.console {
+    let file = match &args.console {
         Some(path) => {
-            let file = File::create(path)
-                .with_context(|| format!("creating the console file {}", path.display()))
-                .map_err(Failure::usage)?;
-            return Ok(builder.serial_output(file));
+            let file =
+                File::create(path).with_context(|| format!("creating the console file {}", path.display()));
+            Some(file.map_err(Failure::usage)?)
         }
-        None => builder.serial_output(io::stdout()),
+        None => None,
     };
+    if registered.is_detached() {
+        return background_console(builder, args, boot, registered, file);
+    }
+    let builder = registered.serve(builder, None)?;
+    if let Some(file) = file {
+        return Ok(builder.serial_output(file));
+    }
     let stdin =
         io::stdin().as_fd().try_clone_to_owned().context("using standard input").map_err(Failure::machine)?;
-    let builder = builder.serial_input(stdin);
+    let builder = builder.serial_output(io::stdout()).serial_input(stdin);
     // A person types again, and wants the escape at any time; a pipe's bytes come once.
-    Ok(match boot {
-        _ if io::stdin().is_terminal() => builder.console_escape(true),
+    Ok(if io::stdin().is_terminal() { builder.console_escape(true) } else { hold_input(builder, args, boot) })
+}
+
+/// The console of a detached machine: to its log, and to whoever attaches.
+fn background_console(
+    builder: MachineBuilder,
+    args: &RunArgs,
+    boot: &Boot,
+    registered: &mut Registered,
+    file: Option<File>,
+) -> Result<MachineBuilder, Failure> {
+    let made = Scrollback::new().and_then(|scrollback| Ok((Console::new(scrollback.clone())?, scrollback)));
+    let ((console, input), scrollback) =
+        made.context("making the machine's console").map_err(Failure::machine)?;
+    let builder = match (file, registered.console_log()?) {
+        (Some(file), _) => builder.serial_output(scrollback.tee(file)),
+        (None, Some(log)) => builder.serial_output(scrollback.tee(log)),
+        (None, None) => builder,
+    };
+    registered.serve(hold_input(builder.serial_input(input), args, boot), Some(console))
+}
+
+/// Input that nobody types again waits until the guest is ready for it.
+fn hold_input(builder: MachineBuilder, args: &RunArgs, boot: &Boot) -> MachineBuilder {
+    match boot {
         Boot::Probe => builder,
         Boot::Linux { .. } if args.our_init || args.image.is_some() || !args.command.is_empty() => {
             builder.hold_input(Hold::Out1)
         }
         Boot::Linux { .. } => builder.hold_input(Hold::Interrupt),
-    })
+    }
 }
 
 /// What the user gave or this host lacks is for the user to mend; what goes wrong beyond that is not.

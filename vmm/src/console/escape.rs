@@ -10,6 +10,8 @@ pub enum Key {
     Send([u8; 2], usize),
     /// Stop the machine.
     Quit,
+    /// Leave the machine running, and go.
+    Detach,
 }
 
 impl Key {
@@ -17,18 +19,24 @@ impl Key {
     pub fn bytes(&self) -> &[u8] {
         match self {
             Self::Send(bytes, len) => &bytes[..*len],
-            Self::Quit => &[],
+            Self::Quit | Self::Detach => &[],
         }
     }
 }
 
-/// Finds Ctrl-A x in what is typed.
+/// Finds Ctrl-A x in what is typed, and Ctrl-A d where one can leave.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Escape {
     after_prefix: bool,
+    can_leave: bool,
 }
 
 impl Escape {
+    /// For a console that one is attached to: Ctrl-A d leaves it.
+    pub fn attached() -> Self {
+        Self { can_leave: true, ..Self::default() }
+    }
+
     /// Takes one typed byte.
     pub fn key(&mut self, byte: u8) -> Key {
         let after_prefix = std::mem::take(&mut self.after_prefix);
@@ -39,6 +47,7 @@ impl Escape {
             }
             (false, _) | (true, PREFIX) => Key::Send([byte, 0], 1),
             (true, b'x' | b'X') => Key::Quit,
+            (true, b'd' | b'D') if self.can_leave => Key::Detach,
             (true, _) => Key::Send([PREFIX, byte], 2),
         }
     }
@@ -64,6 +73,13 @@ mod tests {
     fn ctrl_a_x_quits_and_what_came_before_is_sent() {
         assert_eq!(typed(b"ls\x01xyz"), (b"ls".to_vec(), true));
         assert_eq!(typed(b"\x01X"), (vec![], true));
+    }
+
+    #[test]
+    fn ctrl_a_d_leaves_where_one_is_attached_and_is_typed_elsewhere() {
+        let mut attached = Escape::attached();
+        assert_eq!((attached.key(1), attached.key(b'd')), (Key::Send([0; 2], 0), Key::Detach));
+        assert_eq!(typed(b"\x01d"), (b"\x01d".to_vec(), false));
     }
 
     #[test]

@@ -90,7 +90,7 @@ impl SerialInput {
         for byte in &chunk[..len] {
             match self.escape.as_mut().map(|escape| escape.key(*byte)) {
                 None => self.pending.push(*byte),
-                Some(Key::Quit) => return Turn::Quit,
+                Some(Key::Quit | Key::Detach) => return Turn::Quit,
                 Some(key) => self.pending.extend(key.bytes()),
             }
         }

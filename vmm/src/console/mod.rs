@@ -4,7 +4,7 @@
 //! dropped, when the process exits, and when a signal kills it, whichever comes first.
 //!
 //! **Escape** ([`Escape`]): Ctrl-A x stops the machine; Ctrl-A Ctrl-A sends one Ctrl-A; Ctrl-A and any other key sends
-//! both. These are QEMU's and `screen`'s habits.
+//! both; Ctrl-A d leaves a console that one is attached to. These are QEMU's and `screen`'s habits.
 //!
 //! **Input** ([`SerialInput`]) comes from any descriptor: a terminal, a pipe, a socket, a file, `/dev/null`. Its end is not
 //! the machine's. Bytes wait in the descriptor, not in this process, until the guest reads them: at most

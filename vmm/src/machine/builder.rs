@@ -20,7 +20,7 @@ use super::error::{BuildError, StartError};
 use super::events::{VcpuThreads, Worker, new_loop, serve};
 use super::exit::{End, EndOnPanic, ExitReason, reason};
 use super::hardware::Hardware;
-use super::running::Running;
+use super::running::{Remote, Running};
 use crate::acpi;
 use crate::boot::{self, BootSource, Kernel, KernelFormat};
 use crate::console::SerialInput;
@@ -43,6 +43,9 @@ pub struct Nic {
     pub port: Box<dyn FramePort>,
 }
 
+/// Makes a worker, once the machine is built that it is to serve.
+type MakeWorker = Box<dyn FnOnce(Remote) -> Worker + Send>;
+
 /// Describes a machine. Every method replaces what was said before, unless it says that it adds.
 pub struct MachineBuilder {
     cpus: u8,
@@ -55,6 +58,7 @@ pub struct MachineBuilder {
     vsock: Option<PathBuf>,
     entropy: bool,
     virtio: Vec<(Box<dyn VirtioDevice>, Worker)>,
+    workers: Vec<MakeWorker>,
     serial_output: Box<dyn Write + Send>,
     serial_input: Option<OwnedFd>,
     escape: bool,
@@ -74,6 +78,7 @@ impl MachineBuilder {
             vsock: None,
             entropy: true,
             virtio: Vec::new(),
+            workers: Vec::new(),
             serial_output: Box::new(io::sink()),
             serial_input: None,
             escape: false,
@@ -158,6 +163,17 @@ impl MachineBuilder {
         self
     }
 
+    /// Adds something that is to be served on the machine's I/O thread, from its start to its end: `make` gets the door to
+    /// the machine. It must never block, and do little per turn: the devices wait for it.
+    #[must_use]
+    pub fn worker(
+        mut self,
+        make: impl FnOnce(Remote) -> Box<dyn MutEventSubscriber + Send> + Send + 'static,
+    ) -> Self {
+        self.workers.push(Box::new(make));
+        self
+    }
+
     /// Where the guest's serial output goes. Nowhere unless said otherwise. A sink that blocks never blocks the guest for
     /// long: see [`devices::serial`].
     #[must_use]
@@ -227,6 +243,8 @@ impl MachineBuilder {
             }
             workers.push(Box::new(SerialInput::new(source, serial, self.escape, quit)));
         }
+        let remote = Remote::new(&end, &hardware);
+        workers.extend(self.workers.into_iter().map(|make| make(remote.clone())));
         let supported = cpuid::supported(vm.kvm())?;
         let vcpus = (0..self.cpus)
             .map(|id| vcpu::create(&vm, &supported, id, self.cpus, (id == 0).then_some(entry)))

@@ -1,7 +1,7 @@
 //! A machine that runs.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
 use devices::virtio::net::NetTotals;
@@ -51,6 +51,42 @@ impl Stopper {
     }
 }
 
+/// The door to a machine for what serves it or watches it from elsewhere. Keeps nothing of the machine alive.
+#[derive(Clone)]
+pub struct Remote {
+    end: Arc<End>,
+    hardware: Weak<Hardware>,
+}
+
+#[cfg(test)]
+impl Remote {
+    /// The door to a machine that has no devices.
+    pub(crate) fn to_nothing() -> Self {
+        Self { end: Arc::new(End::new().expect("there are descriptors left")), hardware: Weak::new() }
+    }
+}
+
+impl Remote {
+    pub(super) fn new(end: &Arc<End>, hardware: &Arc<Hardware>) -> Self {
+        Self { end: Arc::clone(end), hardware: Arc::downgrade(hardware) }
+    }
+
+    /// Ends the machine as if its plug were pulled. Does nothing when it has ended.
+    pub fn stop(&self) {
+        self.end.now(ExitReason::Stopped);
+    }
+
+    /// What the devices have seen so far; `None` when they are gone.
+    pub fn counters(&self) -> Option<Counters> {
+        Some(self.hardware.upgrade()?.counters())
+    }
+
+    /// Why the machine has ended, once it has.
+    pub fn exit_reason(&self) -> Option<ExitReason> {
+        self.end.reason()
+    }
+}
+
 impl Running {
     /// Waits for the end and says why it came. All threads are gone when it returns.
     pub fn wait(mut self) -> ExitReason {
@@ -71,6 +107,11 @@ impl Running {
     /// A handle that stops the machine while another thread waits for it.
     pub fn stopper(&self) -> Stopper {
         Stopper(Arc::clone(&self.end))
+    }
+
+    /// The door to the machine for other threads.
+    pub fn remote(&self) -> Remote {
+        Remote::new(&self.end, &self.hardware)
     }
 
     /// What the devices have seen so far.

@@ -9,13 +9,16 @@ use super::error::RuntimeError;
 use super::lock::{self, Outer};
 use super::name::MachineName;
 use super::place::{Runtime, make_private};
-use super::state::{self, Exit, Phase, SCHEMA, State};
+use super::state::{self, Exit, Phase, SCHEMA, State, StateError};
 use super::{CONSOLE_LOG, CONSOLE_LOG_OLD, ENDED_MAX, VMM_LOG};
 
 /// Names are looked for from `vm1` to this one.
 const NUMBERED_MAX: u32 = 9999;
 /// What stays of a detached machine.
 const KEPT: [&str; 5] = ["lock", "state.json", CONSOLE_LOG, CONSOLE_LOG_OLD, VMM_LOG];
+
+/// Whether a machine is alive, and what it says of itself.
+pub(super) type Seen = (bool, Result<State, StateError>);
 
 impl Runtime {
     /// Takes the name: makes the machine's folder, with `state` in it as "starting" with this process's number.
@@ -67,30 +70,33 @@ impl Runtime {
         Ok(Claim { runtime: self.clone(), name: name.clone(), dir, state, lock: Some(lock) })
     }
 
-    /// Tidies up after a machine that is gone without having done so itself. True when it was dead.
-    pub(super) fn tidy(&self, name: &MachineName) -> Result<bool, RuntimeError> {
+    /// Looks at a machine while no name is claimed or given back, and tidies up if it is gone without having done so itself:
+    /// whether it is alive, and its state; `None` when there is nothing of it.
+    pub(super) fn look_closely(&self, name: &MachineName) -> Result<Option<Seen>, RuntimeError> {
         let outer = Outer::take(self.path())?;
         let dir = self.machine(name);
-        if !dir.join("lock").exists() {
+        let path = dir.join("lock");
+        if !path.exists() {
             // Half made by a claim that failed, or no machine's at all: only an empty folder goes.
             let _ = fs::remove_dir(&dir);
-            return Ok(true);
+            return Ok(None);
         }
-        let path = dir.join("lock");
-        let Some(_lock) = lock::take(&path, &outer).map_err(RuntimeError::io("locking", &path))? else {
-            return Ok(false);
-        };
-        match State::read(&dir) {
-            Ok(state) if state.state == Phase::Ended => {}
-            Ok(state) if state.detached => {
+        let lock = lock::take(&path, &outer).map_err(RuntimeError::io("locking", &path))?;
+        match (lock, State::read(&dir)) {
+            (None, state) => Ok(Some((true, state))),
+            (Some(_), Ok(state)) if state.state == Phase::Ended => Ok(Some((false, Ok(state)))),
+            (Some(_), Ok(state)) if state.detached => {
                 let reason = "its process was killed or crashed: it left no word".to_owned();
                 leave(&dir, state, Exit { status: 137, reason, at: state::now() })
                     .map_err(RuntimeError::io("tidying up", &dir))?;
+                Ok(Some((false, State::read(&dir))))
             }
             // In the foreground its terminal has told everything.
-            Ok(_) | Err(_) => self.remove(&outer, &dir),
+            (Some(_), _) => {
+                self.remove(&outer, &dir);
+                Ok(None)
+            }
         }
-        Ok(true)
     }
 
     /// Removes a dead machine's folder at once for everybody who looks. What fails is tried again by the next.

@@ -9,6 +9,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+use super::CONTROL_SOCKET;
+use super::control::{Client, ControlError};
 use super::error::RuntimeError;
 use super::lock::{self, Outer};
 use super::name::MachineName;
@@ -88,23 +90,22 @@ impl Runtime {
     /// What is there of that name; nothing, if it vanishes meanwhile.
     fn look(&self, name: &MachineName) -> Option<Entry> {
         let dir = self.machine(name);
-        let held = || lock::is_held(&dir.join("lock")).unwrap_or(false);
         if !fs::symlink_metadata(&dir).is_ok_and(|meta| meta.is_dir()) {
             return None;
         }
-        let mut alive = held();
-        if !alive && !matches!(State::read(&dir), Ok(State { state: Phase::Ended, .. })) {
-            // Dead without a word, or just being made or removed: under the outer lock that is certain.
-            match self.tidy(name) {
-                Ok(dead) => alive = !dead,
-                Err(e) => tracing::info!(%name, error = %e, "what a dead machine left stays"),
-            }
-        }
-        // Gone, as it may be at any time.
-        if !dir.join("lock").exists() {
-            return None;
-        }
-        let state = State::read(&dir);
+        let held = lock::is_held(&dir.join("lock")).unwrap_or(false);
+        let (alive, state) = match (held, State::read(&dir)) {
+            (false, Ok(state)) if state.state == Phase::Ended => (false, Ok(state)),
+            (true, Ok(state)) => (true, Ok(state)),
+            // Dead without a word, or just being made or removed.
+            (_, state) => match self.look_closely(name) {
+                Ok(seen) => seen?,
+                Err(error) => {
+                    tracing::info!(%name, %error, "what a dead machine left stays");
+                    (held, state)
+                }
+            },
+        };
         Some(Entry { runtime: self.clone(), name: name.clone(), dir, alive, state })
     }
 }
@@ -143,6 +144,14 @@ impl Entry {
     /// Its folder.
     pub fn folder(&self) -> &Path {
         &self.dir
+    }
+
+    /// A connection to its control socket.
+    ///
+    /// # Errors
+    /// When nobody listens there.
+    pub fn control(&self) -> Result<Client, ControlError> {
+        Client::connect(&self.file(CONTROL_SOCKET))
     }
 
     /// Its process, for sure: not one that has got its number since.

@@ -7,7 +7,7 @@
 //! |---|---|
 //! | `lock` | `flock`ed exclusively by the machine's process while it lives: held = alive, whatever the rest says. The kernel frees it even after SIGKILL |
 //! | `state.json` | [`State`]: written by the machine's process, replaced by rename, so that a reader finds the old or the new one |
-//! | `control.sock` | JSON lines, served on the machine's I/O thread |
+//! | `control.sock` | [`control`]: JSON lines, served on the machine's I/O thread |
 //! | `console.log`, `console.log.1` | what the guest wrote to its console, if nobody watches it on a terminal: at most twice [`LOG_MAX`] |
 //! | `vmm.log` | what the machine's process has to say itself, when it is detached |
 //!
@@ -28,11 +28,13 @@
 
 mod claim;
 mod console;
+pub mod control;
 mod error;
 mod list;
 mod lock;
 mod name;
 mod place;
+mod scrollback;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -43,6 +45,7 @@ pub use error::RuntimeError;
 pub use list::{Condition, Entry, Process};
 pub use name::{BadName, MachineName};
 pub use place::Runtime;
+pub use scrollback::{Scrollback, Tee};
 pub use state::{Exit, Phase, State, StateError};
 
 /// Most bytes of `console.log`; then it becomes `console.log.1`, and what that was is forgotten.

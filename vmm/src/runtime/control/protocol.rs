@@ -1,0 +1,133 @@
+//! What is asked and answered.
+
+use std::net::Ipv4Addr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::machine::{Counters, NicCounters};
+
+/// A request: `{"do":"status"}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case")]
+pub enum Request {
+    /// What the machine is doing: a [`Status`].
+    Status,
+    /// Press the power button: the guest is asked to shut down.
+    PowerButton,
+    /// End the machine at once.
+    Kill,
+    /// Attach to the console.
+    Console {
+        /// Type to it, too.
+        #[serde(default)]
+        write: bool,
+    },
+    /// Open a TCP connection into the guest.
+    Connect {
+        /// The guest's port.
+        port: u16,
+        /// The guest's address; the only guest's, when not said.
+        #[serde(default)]
+        guest: Option<Ipv4Addr>,
+    },
+}
+
+/// What a machine is doing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Status {
+    /// Milliseconds since the guest was started, by a clock that does not jump.
+    pub uptime_ms: u64,
+    /// Its network interfaces, in order.
+    pub nics: Vec<Nic>,
+    /// DHCP leases of its NAT.
+    pub leases: Vec<Lease>,
+    /// TCP connections through its NAT, at most 256.
+    pub flows: Vec<Flow>,
+    /// Who is attached to the console.
+    pub consoles: usize,
+    /// Bytes of console output that were lost.
+    pub serial_lost: u64,
+    /// Interrupts of each virtio device, in order.
+    pub virtio_interrupts: Vec<u64>,
+    /// Accesses of the guest to ports and addresses that no device has.
+    pub unclaimed_accesses: u64,
+}
+
+/// What an interface has counted, as the host sees it: `rx` is what the guest sent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Nic {
+    /// Frames to the guest.
+    pub to_guest_frames: u64,
+    /// Their bytes.
+    pub to_guest_bytes: u64,
+    /// Frames from the guest.
+    pub from_guest_frames: u64,
+    /// Their bytes.
+    pub from_guest_bytes: u64,
+    /// Frames that were refused, by reason.
+    pub dropped: Vec<(String, u64)>,
+    /// How often the device stopped because the guest broke its rules.
+    pub broken: u64,
+}
+
+/// A DHCP lease.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// The guest's address.
+    pub address: Ipv4Addr,
+    /// Its Ethernet address.
+    pub mac: String,
+    /// The name that it gave.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// Seconds until it ends.
+    #[serde(default)]
+    pub expires_s: u64,
+}
+
+/// A TCP connection through the NAT.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Flow {
+    /// The guest's end.
+    pub guest: String,
+    /// The world's end.
+    pub world: String,
+    /// How far it is.
+    #[serde(default)]
+    pub state: String,
+}
+
+impl From<&NicCounters> for Nic {
+    fn from(counters: &NicCounters) -> Self {
+        let (device, port) = (&counters.device, &counters.port);
+        let device_drops = [
+            ("BadLength", device.tx_bad_length),
+            ("BadHeader", device.tx_bad_header),
+            ("ReceiveBufferTooSmall", device.rx_too_small),
+        ];
+        let dropped = port.drops().map(|(why, n)| (format!("{why:?}"), n));
+        let ours = device_drops.into_iter().filter(|(_, n)| *n > 0).map(|(why, n)| (why.to_owned(), n));
+        Self {
+            to_guest_frames: device.rx_frames,
+            to_guest_bytes: device.rx_bytes,
+            from_guest_frames: device.tx_frames,
+            from_guest_bytes: device.tx_bytes,
+            dropped: dropped.chain(ours).collect(),
+            broken: device.broken,
+        }
+    }
+}
+
+impl From<&Counters> for Status {
+    fn from(counters: &Counters) -> Self {
+        Self {
+            nics: counters.nics.iter().map(Nic::from).collect(),
+            serial_lost: counters.serial_lost,
+            virtio_interrupts: counters.virtio_interrupts.clone(),
+            unclaimed_accesses: counters.unclaimed_ports.saturating_add(counters.unclaimed_mmio),
+            ..Self::default()
+        }
+    }
+}

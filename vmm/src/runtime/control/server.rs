@@ -1,0 +1,371 @@
+//! The worker that serves the control socket on the machine's I/O thread.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::time::Instant;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use rustix::pipe::{PipeFlags, pipe_with};
+use serde_json::{Value, json};
+
+use super::super::scrollback::Scrollback;
+use super::CLIENTS_MAX;
+use super::clients::{Client, Fate, Role};
+use super::protocol::{Request, Status};
+use crate::machine::Remote;
+
+/// Connections that are taken per turn.
+const ACCEPTS: usize = 16;
+
+/// A machine's console, for those who attach to it.
+pub struct Console {
+    scrollback: Scrollback,
+    /// What is written here is typed to the guest.
+    input: OwnedFd,
+}
+
+impl Console {
+    /// A console whose output is in `scrollback`. The descriptor is for
+    /// [`MachineBuilder::serial_input`](crate::machine::MachineBuilder::serial_input).
+    ///
+    /// # Errors
+    /// When the host refuses a pipe.
+    pub fn new(scrollback: Scrollback) -> io::Result<(Self, OwnedFd)> {
+        let (guest, input) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        Ok((Self { scrollback, input }, guest))
+    }
+}
+
+/// The control socket of a machine that is yet to start.
+pub struct Control {
+    listener: UnixListener,
+    console: Option<Console>,
+}
+
+impl Control {
+    /// Listens at `path`, where nothing may be yet.
+    ///
+    /// # Errors
+    /// When the socket cannot be made.
+    pub fn bind(path: &Path) -> io::Result<Self> {
+        let listener = UnixListener::bind(path)?;
+        listener.set_nonblocking(true)?;
+        Ok(Self { listener, console: None })
+    }
+
+    /// Lets clients attach to the console.
+    #[must_use]
+    pub fn console(mut self, console: Console) -> Self {
+        self.console = Some(console);
+        self
+    }
+
+    /// The worker, for [`MachineBuilder::worker`](crate::machine::MachineBuilder::worker).
+    pub fn serve(self, remote: Remote) -> Box<dyn MutEventSubscriber + Send> {
+        Box::new(Server {
+            control: self,
+            remote,
+            clients: BTreeMap::new(),
+            typist: None,
+            waits_for_guest: false,
+            deaf: false,
+            started: Instant::now(),
+            asked: 0,
+        })
+    }
+}
+
+/// What to do with a client after its request.
+enum Then {
+    Answer(Value),
+    Attach { write: bool },
+}
+
+struct Server {
+    control: Control,
+    remote: Remote,
+    clients: BTreeMap<RawFd, Client>,
+    /// Who types.
+    typist: Option<RawFd>,
+    /// The guest has not taken all that was typed: the pipe's other end is polled.
+    waits_for_guest: bool,
+    /// The listener is not polled, since no connection could be taken.
+    deaf: bool,
+    started: Instant,
+    /// Counts what clients do, to know who did nothing for longest.
+    asked: u64,
+}
+
+impl Server {
+    fn accept(&mut self, ops: &mut EventOps<'_>) {
+        for _ in 0..ACCEPTS {
+            let stream = match self.control.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::ECONNABORTED)) => continue,
+                Err(e) => {
+                    // Out of descriptors, or of memory: polling on would spin.
+                    tracing::warn!(error = %e, "the control socket takes no clients until one leaves");
+                    self.deaf = ops.remove(self.listening()).is_ok();
+                    return;
+                }
+            };
+            self.asked += 1;
+            let mut client = Client::new(stream, self.asked);
+            if client.stream.set_nonblocking(true).is_err() {
+                continue;
+            }
+            if self.clients.len() >= CLIENTS_MAX && !self.make_room(ops) {
+                client.answer = line(&refusal("this machine has as many attached consoles as it can serve"));
+                client.give(None);
+                continue;
+            }
+            if ops.add(Events::new(&client.fd(), client.polled)).is_ok() {
+                self.clients.insert(client.fd(), client);
+            }
+        }
+    }
+
+    fn listening(&self) -> Events {
+        Events::new(&self.control.listener, EventSet::IN)
+    }
+
+    /// Lets go of the client that has asked nothing for longest; false when all of them stream.
+    fn make_room(&mut self, ops: &mut EventOps<'_>) -> bool {
+        let asking = self.clients.values().filter(|client| matches!(client.role, Role::Asking { .. }));
+        match asking.min_by_key(|client| client.last_asked).map(Client::fd) {
+            Some(fd) => {
+                self.dismiss(fd, ops);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn dismiss(&mut self, fd: RawFd, ops: &mut EventOps<'_>) {
+        if let Some(client) = self.clients.remove(&fd) {
+            let _ = ops.remove(Events::new(&client.fd(), client.polled));
+        }
+        if self.typist == Some(fd) {
+            self.typist = None;
+        }
+        self.after_leaving(ops);
+    }
+
+    fn after_leaving(&mut self, ops: &mut EventOps<'_>) {
+        self.watch_output();
+        if self.deaf && ops.add(self.listening()).is_ok() {
+            self.deaf = false;
+        }
+    }
+
+    /// Wants to be woken by output exactly while somebody reads it.
+    fn watch_output(&self) {
+        if let Some(console) = &self.control.console {
+            console.scrollback.watch(self.watchers() > 0);
+        }
+    }
+
+    fn watchers(&self) -> usize {
+        self.clients.values().filter(|client| matches!(client.role, Role::Watching { .. })).count()
+    }
+
+    /// Serves one client: takes what it says, gives it what there is.
+    fn serve_client(&mut self, fd: RawFd, events: EventSet, ops: &mut EventOps<'_>) {
+        if events.intersects(EventSet::HANG_UP | EventSet::ERROR) && !events.contains(EventSet::IN) {
+            return self.dismiss(fd, ops);
+        }
+        let mut fate = Fate::Stays;
+        if events.contains(EventSet::IN) {
+            fate = self.hear(fd);
+        }
+        if fate == Fate::Stays {
+            fate = self.give(fd);
+        }
+        if fate == Fate::Stays {
+            self.feed_guest(ops);
+        }
+        self.settle(fd, fate, ops);
+    }
+
+    /// Takes requests, or what is typed.
+    fn hear(&mut self, fd: RawFd) -> Fate {
+        loop {
+            let Some(client) = self.clients.get_mut(&fd) else { return Fate::Leaves };
+            if matches!(client.role, Role::Watching { .. }) {
+                return client.take_typed();
+            }
+            // One unread answer is all that a client may have.
+            if !client.answer.is_empty() || client.leaving {
+                return Fate::Stays;
+            }
+            match client.next_line() {
+                Ok(None) => return Fate::Stays,
+                Ok(Some(request)) => self.answer(fd, &request),
+                Err("gone") => return Fate::Leaves,
+                Err(why) => {
+                    client.answer = line(&refusal(why));
+                    client.leaving = true;
+                }
+            }
+            if self.give(fd) == Fate::Leaves {
+                return Fate::Leaves;
+            }
+        }
+    }
+
+    fn answer(&mut self, fd: RawFd, request: &[u8]) {
+        self.asked += 1;
+        let then = match serde_json::from_slice::<Request>(request) {
+            Ok(request) => self.obey(&request),
+            Err(error) => Then::Answer(refusal(&format!("this is no request: {error}"))),
+        };
+        let now = self.asked;
+        let writer = matches!(then, Then::Attach { write: true }) && self.typist.is_none();
+        let Some(client) = self.clients.get_mut(&fd) else { return };
+        client.last_asked = now;
+        match (then, &self.control.console) {
+            (Then::Answer(value), _) => client.answer = line(&value),
+            (Then::Attach { .. }, None) => {
+                client.answer = line(&refusal("its console is the terminal where it was started"));
+            }
+            (Then::Attach { .. }, Some(console)) => {
+                client.answer = line(&json!({ "ok": true, "writer": writer }));
+                let rest = match &mut client.role {
+                    Role::Asking { line } => std::mem::take(line),
+                    Role::Watching { .. } => Vec::new(),
+                };
+                let typed = if writer { rest } else { Vec::new() };
+                client.role = Role::Watching { at: console.scrollback.start(), writer, typed, done: false };
+                if writer {
+                    self.typist = Some(fd);
+                }
+                self.watch_output();
+            }
+        }
+    }
+
+    fn obey(&self, request: &Request) -> Then {
+        match request {
+            Request::Status => Then::Answer(self.status()),
+            Request::Kill => {
+                self.remote.stop();
+                Then::Answer(json!({ "ok": true }))
+            }
+            Request::Console { write } => Then::Attach { write: *write },
+            Request::PowerButton => Then::Answer(refusal("this machine has no power button")),
+            Request::Connect { .. } => Then::Answer(refusal("this machine's network takes no connections")),
+        }
+    }
+
+    fn status(&self) -> Value {
+        let status = Status {
+            uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            consoles: self.watchers(),
+            ..self.remote.counters().as_ref().map(Status::from).unwrap_or_default()
+        };
+        json!({ "ok": true, "status": status })
+    }
+
+    fn give(&mut self, fd: RawFd) -> Fate {
+        let scrollback = self.control.console.as_ref().map(|console| &console.scrollback);
+        self.clients.get_mut(&fd).map_or(Fate::Leaves, |client| client.give(scrollback))
+    }
+
+    /// Passes what the typist typed to the guest, as far as that takes it.
+    fn feed_guest(&mut self, ops: &mut EventOps<'_>) {
+        let Some(console) = &self.control.console else { return };
+        let mut waits = false;
+        if let Some(client) = self.typist.and_then(|fd| self.clients.get_mut(&fd))
+            && let Role::Watching { typed, done, .. } = &mut client.role
+        {
+            match rustix::io::write(&console.input, typed) {
+                _ if typed.is_empty() => {}
+                Ok(n) => drop(typed.drain(..n)),
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+                Err(e) => {
+                    tracing::info!(error = %e, "the guest takes no console input any more");
+                    typed.clear();
+                    *done = true;
+                }
+            }
+            waits = !typed.is_empty();
+        }
+        if waits != self.waits_for_guest {
+            let room = Events::new(&console.input, EventSet::OUT);
+            let changed = if waits { ops.add(room) } else { ops.remove(room) };
+            self.waits_for_guest = waits == changed.is_ok();
+        }
+    }
+
+    /// Polls for what the client is to do next, or lets it go.
+    fn settle(&mut self, fd: RawFd, fate: Fate, ops: &mut EventOps<'_>) {
+        let Some(client) = self.clients.get_mut(&fd) else { return };
+        let wanted = client.wanted();
+        let mut stays = fate == Fate::Stays;
+        if stays && wanted != client.polled {
+            client.polled = wanted;
+            stays = ops.modify(Events::new(&fd, wanted)).is_ok();
+        }
+        if !stays {
+            self.dismiss(fd, ops);
+            self.feed_guest(ops);
+        }
+    }
+
+    /// Gives new output to those who read it.
+    fn spread_output(&mut self, ops: &mut EventOps<'_>) {
+        if let Some(console) = &self.control.console {
+            console.scrollback.clear_wake();
+        }
+        let watching = |client: &&Client| matches!(client.role, Role::Watching { .. });
+        let fds: Vec<_> = self.clients.values().filter(watching).map(Client::fd).collect();
+        for fd in fds {
+            let fate = self.give(fd);
+            self.settle(fd, fate, ops);
+        }
+    }
+}
+
+impl MutEventSubscriber for Server {
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        let fd = events.fd();
+        let console = self.control.console.as_ref();
+        if fd == self.control.listener.as_raw_fd() {
+            self.accept(ops);
+        } else if console.is_some_and(|console| fd == console.scrollback.wake_fd()) {
+            self.spread_output(ops);
+        } else if console.is_some_and(|console| fd == console.input.as_raw_fd()) {
+            self.feed_guest(ops);
+            if let Some(typist) = self.typist {
+                self.settle(typist, Fate::Stays, ops);
+            }
+        } else {
+            self.serve_client(fd, events.event_set(), ops);
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        self.started = Instant::now();
+        let mut added = ops.add(self.listening());
+        if let Some(console) = &self.control.console {
+            added = added.and(ops.add(Events::new(&console.scrollback.wake_fd(), EventSet::IN)));
+        }
+        if let Err(error) = added {
+            tracing::warn!(error = %io::Error::other(error), "the control socket is not served");
+        }
+    }
+}
+
+fn refusal(why: &str) -> Value {
+    json!({ "ok": false, "error": why })
+}
+
+fn line(value: &Value) -> Vec<u8> {
+    let mut line = Vec::new();
+    let _ = writeln!(line, "{value}");
+    line
+}
