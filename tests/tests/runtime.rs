@@ -1,16 +1,19 @@
-//! Many machines from the shell: `--detach`, `ps`, `logs`, `kill` with the probe on this host's KVM.
+//! Many machines from the shell: `--detach`, `ps`, `logs`, `console`, `stop`, `kill` with the probe on this host's KVM.
 //!
 //! Each test has a runtime folder of its own, so tests don't see each other's machines.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use pontoon_tests::{Pontoon, have_kvm};
+use rustix::fs::{Mode, OFlags, open};
 use rustix::process::{Pid, Signal, kill_process};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use serde_json::Value;
 
 /// Orders of a probe that says a line and then stays until it is ended.
@@ -311,4 +314,83 @@ fn following_a_log_ends_with_the_machine() {
     assert_eq!(child.wait().expect("it ends").code(), Some(0));
     let verbs = |verb: &str| lines.iter().filter(|line| line.contains(verb)).count();
     assert_eq!((verbs("\"boot\""), verbs("\"wait\"")), (1, 1), "{lines:?}");
+}
+
+/// Both ends of a new terminal.
+fn terminal() -> (fs::File, OwnedFd) {
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("there are terminals left");
+    grantpt(&master).and_then(|()| unlockpt(&master)).expect("it is ours");
+    let name = ptsname(&master, Vec::new()).expect("it has a name");
+    let slave = open(name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).expect("it is unlocked");
+    (master.into(), slave)
+}
+
+/// Reads from a terminal until `what` was there.
+#[track_caller]
+fn expect(terminal: &mut fs::File, what: &str) {
+    let mut seen = Vec::new();
+    while !String::from_utf8_lossy(&seen).contains(what) {
+        let mut chunk = [0; 4096];
+        let len = terminal.read(&mut chunk).unwrap_or(0);
+        assert!(len > 0, "the terminal ended before '{what}': {}", String::from_utf8_lossy(&seen));
+        seen.extend_from_slice(&chunk[..len]);
+    }
+}
+
+#[test]
+fn a_console_shows_what_was_said_and_is_left_without_harm() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    host.detach(&["--name", "a"], STAY);
+    let (mut master, slave) = terminal();
+    let mut pontoon = host.pontoon(&["console", "a"]);
+    let copy = || Stdio::from(slave.try_clone().expect("there are descriptors left"));
+    let command = pontoon.command().stdin(copy()).stdout(copy()).stderr(copy());
+    let mut child = command.spawn().expect("pontoon starts");
+    expect(&mut master, "\"event\":\"boot\"");
+    // The key that stops a machine on its own terminal does not stop this one.
+    master.write_all(b"\x01x").expect("the terminal takes it");
+    expect(&mut master, "a goes on; ctrl-A d leaves it");
+    master.write_all(b"\x01d").expect("the terminal takes it");
+    assert_eq!(child.wait().expect("it ends").code(), Some(0));
+    assert_eq!(host.ps(&[])[0]["state"], "running");
+}
+
+#[test]
+fn a_console_ends_with_its_machine_and_a_foreground_machine_has_none_to_give() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    host.detach(&["--name", "a"], STAY);
+    let mut pontoon = host.pontoon(&["console", "a", "--read-only"]);
+    let mut child = pontoon.command().stdout(Stdio::piped()).spawn().expect("pontoon starts");
+    let mut lines = BufReader::new(child.stdout.take().expect("it is piped")).lines();
+    assert!(lines.next().is_some_and(|line| line.is_ok_and(|line| line.contains("\"boot\""))));
+    host.ok(&["kill", "a"]);
+    assert_eq!(child.wait().expect("it ends").code(), Some(0));
+    let (mut child, _) = in_the_foreground(&host);
+    let refused = host.run(&["console", "vm1"]);
+    assert_eq!(refused.status.code(), Some(2), "{}", text(&refused));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("terminal"));
+    host.ok(&["kill", "vm1"]);
+    child.wait().expect("it ends");
+    let gone = host.run(&["console", "vm1"]);
+    assert_eq!(gone.status.code(), Some(2), "{}", text(&gone));
+}
+
+#[test]
+fn a_guest_that_cannot_be_asked_to_shut_down_is_ended() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    host.detach(&["--name", "a"], STAY);
+    host.detach(&["--name", "b"], STAY);
+    // The probe has no idea of shutting down.
+    assert_eq!(host.ok(&["stop", "--time", "1", "a", "b"]), "a\nb\n");
+    assert!(host.ps(&[]).is_empty());
+    assert_eq!(host.run(&["stop", "a"]).status.code(), Some(2));
 }

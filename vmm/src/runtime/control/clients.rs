@@ -93,17 +93,19 @@ impl Client {
             let rest = line.split_off(end + 1);
             return Ok(Some(std::mem::replace(line, rest)));
         }
-        if line.len() >= LINE_MAX {
-            return Err("a request has at most 4096 bytes");
-        }
         let mut chunk = [0; LINE_MAX];
         let room = LINE_MAX - line.len();
         match self.stream.read(&mut chunk[..room]) {
             Ok(0) => Err("gone"),
             Ok(n) => {
                 line.extend_from_slice(&chunk[..n]);
-                let whole = line.contains(&b'\n');
-                if whole { self.next_line() } else { Ok(None) }
+                if line.contains(&b'\n') {
+                    self.next_line()
+                } else if line.len() >= LINE_MAX {
+                    Err("a request has at most 4096 bytes")
+                } else {
+                    Ok(None)
+                }
             }
             Err(e) if is_later(&e) => Ok(None),
             Err(_) => Err("gone"),

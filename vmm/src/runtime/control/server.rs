@@ -185,7 +185,7 @@ impl Server {
         if fate == Fate::Stays {
             fate = self.give(fd);
         }
-        if fate == Fate::Stays {
+        if fate == Fate::Stays && self.typist == Some(fd) {
             self.feed_guest(ops);
         }
         self.settle(fd, fate, ops);
@@ -275,7 +275,7 @@ impl Server {
         self.clients.get_mut(&fd).map_or(Fate::Leaves, |client| client.give(scrollback))
     }
 
-    /// Passes what the typist typed to the guest, as far as that takes it.
+    /// Passes what the typist typed to the guest, as far as that takes it. The typist is to be settled afterwards.
     fn feed_guest(&mut self, ops: &mut EventOps<'_>) {
         let Some(console) = &self.control.console else { return };
         let mut waits = false;
