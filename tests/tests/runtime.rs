@@ -394,3 +394,32 @@ fn a_guest_that_cannot_be_asked_to_shut_down_is_ended() {
     assert!(host.ps(&[]).is_empty());
     assert_eq!(host.run(&["stop", "a"]).status.code(), Some(2));
 }
+
+#[test]
+fn a_machines_network_is_shown_with_what_went_over_it() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    host.detach(&["--name", "a", "--subnet", "192.168.122.0/24"], "probe.do=dhcp;wait=60000");
+    host.detach(&["--name", "b", "--net", "none"], "probe.do=end=0");
+    let inspect = || -> Value {
+        serde_json::from_str(&host.ok(&["net", "inspect", "a", "--json"])).expect("--json prints JSON")
+    };
+    let shown = until("the guest has sent something", || {
+        let shown = inspect();
+        (shown["interfaces"][0]["counters"]["from_guest_frames"].as_u64() > Some(1)).then_some(shown)
+    });
+    let nic = &shown["interfaces"][0];
+    let facts = (&nic["type"], &nic["source"], &nic["model"]);
+    assert_eq!(facts, (&"nat".into(), &"192.168.122.0/24".into(), &"virtio".into()));
+    assert_eq!(nic["mac"], host.ps(&[])[0]["mac"]);
+    let table = host.ok(&["net", "inspect", "a"]);
+    assert!(table.contains("52:54:00:") && table.contains("from the guest"), "{table}");
+    let nets: Value = serde_json::from_str(&host.ok(&["net", "ls", "--json"])).expect("--json prints JSON");
+    assert_eq!((&nets[0]["net"], &nets[0]["machines"][0]["name"]), (&"nat".into(), &"a".into()));
+    assert_eq!(nets.as_array().map(Vec::len), Some(1), "a machine without a NIC is on no network");
+    until("b has ended, and has no network to show", || {
+        (host.run(&["net", "inspect", "b"]).status.code() == Some(2)).then_some(())
+    });
+}

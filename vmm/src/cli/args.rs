@@ -13,7 +13,7 @@ use net::nat::{Publish, Subnet};
 use net::tap::TapName;
 use vmm::runtime::MachineName;
 
-use super::machine_args::{ConsoleArgs, KillArgs, LogsArgs, PsArgs, StopArgs};
+use super::machine_args::{ConsoleArgs, KillArgs, LogsArgs, NetInspectArgs, NetLsArgs, PsArgs, StopArgs};
 
 /// Lightweight virtual machines that are on the network the moment they boot.
 #[derive(Debug, Parser)]
@@ -57,7 +57,7 @@ pub(crate) enum Command {
     /// Build and list guest images
     #[command(subcommand)]
     Image(ImageCommand),
-    /// The NAT network without a machine
+    /// Networks: of the machines that run, and the NAT without a machine
     #[command(subcommand)]
     Net(NetCommand),
     /// Run a command on an emulated host with hardware virtualization (needs only QEMU)
@@ -202,6 +202,10 @@ pub(crate) enum ImageCommand {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum NetCommand {
+    /// List the networks that machines are on
+    Ls(NetLsArgs),
+    /// Show a machine's interface, lease, counters and connections
+    Inspect(NetInspectArgs),
     /// Serve the NAT network on a TAP, for a container or a network namespace
     #[command(
         after_help = "Ends with SIGINT or SIGTERM, or when the TAP is gone. Recipes are in docs/attach.md."

@@ -24,10 +24,12 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::args::{AttachArgs, NetCommand};
-use super::{Failure, network, output};
+use super::{Failure, netinfo, network, output};
 
 pub(crate) fn net(command: NetCommand) -> Result<u8, Failure> {
     match command {
+        NetCommand::Ls(args) => netinfo::ls(&args),
+        NetCommand::Inspect(args) => netinfo::inspect(&args),
         NetCommand::Attach(args) if args.hand_over => hand_over(&args),
         NetCommand::Attach(args) => attach(&args),
     }

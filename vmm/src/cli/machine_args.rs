@@ -44,6 +44,24 @@ pub(crate) struct ConsoleArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct NetInspectArgs {
+    /// The machine's name
+    #[arg(value_name = "NAME")]
+    pub(crate) name: MachineName,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NetLsArgs {
+    /// Print a JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct LogsArgs {
     /// The machine's name; one that has ended is as good
     #[arg(value_name = "NAME")]

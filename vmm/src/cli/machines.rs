@@ -5,12 +5,15 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::anyhow;
 use serde_json::{Value, json};
-use vmm::runtime::{Condition, Entry, MachineName, Process, Runtime};
+use vmm::runtime::control::{Client, Status};
+use vmm::runtime::{CONTROL_SOCKET, Condition, Entry, MachineName, Process, Runtime};
 
 use super::machine_args::{KillArgs, PsArgs, StopArgs};
 use super::registry::failure;
 use super::{Failure, output};
 
+/// How long a machine may take to tell what it is doing.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// How long a process may take to end in order, once asked by a signal, before it is killed.
 const ORDERLY: Duration = Duration::from_secs(5);
 /// How long the kernel may take to end a process that it killed.
@@ -21,27 +24,42 @@ pub(crate) fn ps(args: &PsArgs) -> Result<u8, Failure> {
     let mut entries = runtime.list().map_err(failure)?;
     entries.retain(|entry| args.all || entry.is_alive());
     if args.json {
-        output::json(&entries.iter().map(describe).collect::<Vec<_>>());
+        output::json(&entries.iter().map(|entry| describe(entry, ask(entry).as_ref())).collect::<Vec<_>>());
         return Ok(0);
     }
-    let rows: Vec<_> = entries.iter().map(row).collect();
+    let rows: Vec<_> = entries.iter().map(|entry| row(entry, ask(entry).as_ref())).collect();
     output::table(&["NAME", "STATE", "IMAGE", "ADDRESS", "PORTS", "MEMORY", "UPTIME"], &rows);
     Ok(0)
 }
 
-fn describe(entry: &Entry) -> Value {
+/// What a machine says itself; a machine that hangs does not keep the others from being listed.
+fn ask(entry: &Entry) -> Option<Status> {
+    if !entry.is_alive() {
+        return None;
+    }
+    Client::connect_within(&entry.file(CONTROL_SOCKET), PATIENCE).and_then(|mut client| client.status()).ok()
+}
+
+/// The address that the NAT gave to the machine's own NIC.
+fn address(entry: &Entry, status: Option<&Status>) -> Option<String> {
+    let mac = entry.state().ok()?.mac.as_ref()?;
+    Some(status?.leases.iter().find(|lease| lease.mac == *mac)?.address.to_string())
+}
+
+fn describe(entry: &Entry, status: Option<&Status>) -> Value {
     let mut object = match entry.state() {
         Ok(state) => serde_json::to_value(state).unwrap_or_default(),
         Err(error) => json!({ "error": error.to_string() }),
     };
     object["name"] = json!(entry.name());
     object["state"] = json!(entry.condition().as_str());
-    object["uptime_s"] = json!(uptime(entry).map(|up| up.as_secs()));
+    object["uptime_s"] = json!(uptime(entry, status).map(|up| up.as_secs()));
+    object["address"] = json!(address(entry, status));
     object["folder"] = json!(entry.folder());
     object
 }
 
-fn row(entry: &Entry) -> Vec<String> {
+fn row(entry: &Entry, status: Option<&Status>) -> Vec<String> {
     let name = entry.name().to_string();
     let Ok(state) = entry.state() else {
         return vec![name, Condition::Unreadable.as_str().to_owned()];
@@ -57,24 +75,20 @@ fn row(entry: &Entry) -> Vec<String> {
         name,
         condition,
         image.unwrap_or_default(),
-        String::new(),
+        address(entry, status).unwrap_or_default(),
         state.published.join(" "),
         format!("{}M", state.memory >> 20),
-        uptime(entry).map(words).unwrap_or_default(),
+        uptime(entry, status).map(words).unwrap_or_default(),
     ]
-    .map(cell)
+    .map(output::cell)
     .to_vec()
 }
 
-/// A cell is never empty, and has nothing in it that a terminal would obey.
-fn cell(text: String) -> String {
-    if text.is_empty() {
-        return "-".to_owned();
+/// By the machine's own clock, which does not jump, if it can be asked.
+fn uptime(entry: &Entry, status: Option<&Status>) -> Option<Duration> {
+    if let Some(status) = status {
+        return Some(Duration::from_millis(status.uptime_ms));
     }
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
-}
-
-fn uptime(entry: &Entry) -> Option<Duration> {
     let started = entry.state().ok().filter(|_| entry.is_alive())?.started_at;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs();
     Some(Duration::from_secs(now.saturating_sub(started)))
@@ -146,23 +160,24 @@ fn end(process: &Process, name: &MachineName) -> Result<(), Failure> {
     Err(Failure::machine(anyhow!("process {} of {name} does not end, though it was killed", process.pid())))
 }
 
-/// Does something with each machine, prints the names of those with which it went well, and fails as the first that didn't.
+/// Does something with each machine, prints the names of those with which it went well, and tells of all the others; the last of them is
+/// how the command ends.
 fn each(
     names: &[MachineName],
     mut work: impl FnMut(&MachineName) -> Result<(), Failure>,
 ) -> Result<u8, Failure> {
-    let mut first = None;
+    let mut failed = None;
     for name in names {
         match work(name) {
             Ok(()) => output::line(name.as_str()),
             Err(error) => {
-                if let Some(Failure::Usage(before) | Failure::Machine(before)) = first.replace(error) {
+                if let Some(Failure::Usage(before) | Failure::Machine(before)) = failed.replace(error) {
                     output::error(&before);
                 }
             }
         }
     }
-    first.map_or(Ok(0), Err)
+    failed.map_or(Ok(0), Err)
 }
 
 #[cfg(test)]
@@ -173,11 +188,5 @@ mod tests {
     fn an_uptime_reads_as_its_two_largest_units() {
         let said = [0, 59, 61, 3600 + 120, 2 * 86400 + 3 * 3600].map(|s| words(Duration::from_secs(s)));
         assert_eq!(said, ["0s", "59s", "1m 1s", "1h 2m", "2d 3h"]);
-    }
-
-    #[test]
-    fn a_cell_has_nothing_that_a_terminal_obeys() {
-        assert_eq!(cell("a\x1b[2Jb\n".into()), "a?[2Jb?");
-        assert_eq!(cell(String::new()), "-");
     }
 }

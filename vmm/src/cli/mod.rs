@@ -14,6 +14,7 @@ mod lab;
 mod logs;
 mod machine_args;
 mod machines;
+mod netinfo;
 mod network;
 mod output;
 mod registry;

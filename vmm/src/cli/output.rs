@@ -62,6 +62,14 @@ pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) {
     }
 }
 
+/// A cell is never empty, and has nothing in it that a terminal would obey.
+pub(crate) fn cell(text: String) -> String {
+    if text.is_empty() {
+        return "-".to_owned();
+    }
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
 /// Bytes that may still be logged.
 static LOG_LEFT: AtomicU64 = AtomicU64::new(u64::MAX);
 
@@ -131,5 +139,16 @@ impl Progress for Bar {
             eprint!("\r\x1b[K");
         }
         eprintln!("{what}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cell_has_nothing_that_a_terminal_obeys() {
+        assert_eq!(cell("a\x1b[2Jb\n".into()), "a?[2Jb?");
+        assert_eq!(cell(String::new()), "-");
     }
 }

@@ -3,13 +3,15 @@
 //! A machine in the foreground does without where the folder cannot be used; a detached one cannot, since nothing else would
 //! lead to it.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, anyhow};
 use net::MacAddr;
 use vmm::machine::MachineBuilder;
 use vmm::runtime::control::{Console, Control, ControlError};
 use vmm::runtime::{
     CONSOLE_LOG, CONSOLE_LOG_OLD, CONTROL_SOCKET, Claim, ConsoleLog, LOG_MAX, MachineName, Phase, Runtime,
-    RuntimeError, State,
+    RuntimeError, State, VSOCK_SOCKET,
 };
 
 use super::args::RunArgs;
@@ -81,6 +83,11 @@ impl Registered {
     /// Whether it is a machine without a terminal.
     pub(crate) fn is_detached(&self) -> bool {
         self.claim.as_ref().is_some_and(|claim| claim.state().detached)
+    }
+
+    /// Where the guest's vsock ports are reached, unless the user says otherwise.
+    pub(crate) fn vsock(&self) -> Option<PathBuf> {
+        self.claim.as_ref().map(|claim| claim.file(VSOCK_SOCKET))
     }
 
     /// Lets the machine serve its control socket.

@@ -125,7 +125,7 @@ fn run_here(args: &mut RunArgs, boot: &Boot, detached: bool) -> Result<u8, Failu
     if let Some(nic) = plugged.nic.take() {
         builder = builder.nic(nic);
     }
-    if let Some(path) = &args.vsock {
+    if let Some(path) = args.vsock.clone().or_else(|| registered.vsock()) {
         builder = builder.vsock(path);
     }
     let machine = console(builder, args, boot, &mut registered)?.build().map_err(build_failure)?;

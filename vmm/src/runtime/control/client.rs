@@ -27,7 +27,7 @@ pub enum ControlError {
     #[error("its control socket does not answer: {0}")]
     Connect(io::Error),
     /// It took too long, or hung up.
-    #[error("it did not answer within five seconds, or hung up: {0}")]
+    #[error("it did not answer in time, or hung up: {0}")]
     Io(#[from] io::Error),
     /// The answer makes no sense.
     #[error("it answers in a way that this program does not know: {0}")]
@@ -49,6 +49,14 @@ impl Client {
     /// # Errors
     /// [`ControlError::Connect`].
     pub fn connect(path: &Path) -> Result<Self, ControlError> {
+        Self::connect_within(path, PATIENCE)
+    }
+
+    /// The same, with a limit of your own on every answer instead of five seconds.
+    ///
+    /// # Errors
+    /// [`ControlError::Connect`].
+    pub fn connect_within(path: &Path, patience: Duration) -> Result<Self, ControlError> {
         let failed = |e: rustix::io::Errno| ControlError::Connect(e.into());
         let address = SocketAddrUnix::new(path).map_err(failed)?;
         let socket: OwnedFd =
@@ -56,7 +64,7 @@ impl Client {
                 .map_err(failed)?;
         // It bounds the connect, too, which waits while the machine does not take connections.
         for which in [Timeout::Send, Timeout::Recv] {
-            set_socket_timeout(&socket, which, Some(PATIENCE)).map_err(failed)?;
+            set_socket_timeout(&socket, which, Some(patience)).map_err(failed)?;
         }
         connect(&socket, &address).map_err(failed)?;
         Ok(Self { stream: socket.into() })

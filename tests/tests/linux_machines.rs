@@ -1,0 +1,64 @@
+//! Many machines with stock Debian guests, in the lab: the commands of docs/machines.md as a user types them.
+//!
+//! `scripts/test` builds the image beforehand; without it these tests say so and are skipped.
+
+use std::process::Output;
+
+use guest_images::Store;
+use pontoon_tests::{Pontoon, have_lab, skip};
+
+fn text(output: &Output) -> String {
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    format!("status {:?}\nstdout:\n{out}\nstderr:\n{err}", output.status.code())
+}
+
+/// A shell script on the emulated host, where the image is; `None` where that cannot be.
+fn in_lab(script: &str) -> Option<Output> {
+    let store = Store::open_default().ok().filter(|store| store.get("debian").is_ok());
+    let Some(store) = store else {
+        skip("the image is not built: pontoon image build debian");
+        return None;
+    };
+    if !have_lab() {
+        return None;
+    }
+    let put = format!("{}:/root/.cache/pontoon/images", store.images_dir().display());
+    // What is waited for is tried again until it is there, or the lab's time is up.
+    let script =
+        format!("set -e\nuntil_so() {{ until \"$@\" >/dev/null 2>&1; do sleep 0.3; done; }}\n{script}");
+    let args = ["lab", "--timeout", "170", "--put", &put, "--", "sh", "-c", &script];
+    Some(Pontoon::new(args).output())
+}
+
+/// Asserts that the script went well and printed all of these.
+#[track_caller]
+fn says(output: &Output, facts: &[&str]) {
+    let all = text(output);
+    assert_eq!(output.status.code(), Some(0), "{all}");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    for fact in facts {
+        assert!(said.contains(fact), "'{fact}' is missing\n{all}");
+    }
+}
+
+#[test]
+fn detached_debian_guests_are_listed_logged_typed_to_and_end_by_themselves() {
+    let script = r#"
+        pontoon run debian --detach --name shell
+        pontoon run debian -d --memory 256M -- sh -c 'echo said by the guest; exit 9'
+        pontoon ps
+        until_so sh -c 'pontoon ps -a | grep "ended (9)"'
+        pontoon logs vm1
+        # What is typed before the guest is up waits for it.
+        (echo 'echo marker $((6 * 7))'; until pontoon logs shell | grep -q 'marker 42'; do sleep 0.3; done) |
+            pontoon console shell >/dev/null
+        pontoon logs shell | grep -c '^marker 42'
+        echo poweroff | pontoon console shell >/dev/null
+        pontoon ps -a
+    "#;
+    let Some(output) = in_lab(script) else { return };
+    says(
+        &output,
+        &["shell", "512M", "256M", "said by the guest", "\n1\n", "ended (0): the guest powered off"],
+    );
+}
