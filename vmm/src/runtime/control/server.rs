@@ -151,6 +151,7 @@ impl Server {
         }
         if self.typist == Some(fd) {
             self.typist = None;
+            self.feed_guest(ops);
         }
         self.after_leaving(ops);
     }
@@ -275,7 +276,8 @@ impl Server {
         self.clients.get_mut(&fd).map_or(Fate::Leaves, |client| client.give(scrollback))
     }
 
-    /// Passes what the typist typed to the guest, as far as that takes it. The typist is to be settled afterwards.
+    /// Passes what the typist typed to the guest, as far as that takes it. The typist, if there is one, is to be settled
+    /// afterwards.
     fn feed_guest(&mut self, ops: &mut EventOps<'_>) {
         let Some(console) = &self.control.console else { return };
         let mut waits = false;
@@ -312,7 +314,6 @@ impl Server {
         }
         if !stays {
             self.dismiss(fd, ops);
-            self.feed_guest(ops);
         }
     }
 
