@@ -87,6 +87,18 @@ in_namespace! {
         assert_eq!(answer.metadata.response_code, ResponseCode::NXDomain);
     }
 
+    fn a_handle_tells_of_the_lease_while_the_network_is_in_use() {
+        let mut nat = Nat::new(NatConfig::default()).unwrap();
+        let handle = nat.handle().unwrap();
+        let mut guest = Guest::new(nat);
+        assert_eq!(handle.leases(), []);
+        join(&mut guest);
+        let leases = handle.leases();
+        assert_eq!(leases.len(), 1);
+        assert_eq!((leases[0].address, leases[0].mac.0), (guest.addr, MAC));
+        assert_eq!(leases[0].name.as_deref(), Some("vm1"));
+    }
+
     fn the_world_is_asked_through_the_hosts_loopback_and_a_dead_server_is_passed_over() {
         let dead = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 1);
         let mut guest = Guest::new(Nat::new(NatConfig { dns: vec![dead, server()], ..NatConfig::default() }).unwrap());

@@ -8,7 +8,7 @@
 
 use std::io;
 use std::net::SocketAddrV4;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
@@ -55,6 +55,15 @@ pub(crate) trait StreamHost {
     /// # Errors
     /// No more file descriptors.
     fn stream_pair(&mut self, token: Token) -> io::Result<(SockId, SockId)>;
+
+    /// Takes over a connected Unix stream of this host, registered for `token`.
+    ///
+    /// # Errors
+    /// What is no Unix stream; no memory.
+    fn adopt_stream(&mut self, stream: OwnedFd, token: Token) -> io::Result<SockId> {
+        let _ = (stream, token);
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// How a connect ended.
     ///
@@ -142,6 +151,15 @@ pub(crate) trait Machine: Host + AsFd + Send {
     /// Sets the one timer: an event of [`Owner::Timer`](super::poller::Owner::Timer) comes when `after` has passed. An
     /// earlier setting is forgotten.
     fn set_timer(&mut self, after: Duration);
+
+    /// From now on an event of [`Owner::Bell`](super::poller::Owner::Bell) comes whenever this eventfd is written.
+    ///
+    /// # Errors
+    /// No memory, or more watches than the user may have.
+    fn watch_bell(&mut self, bell: OwnedFd) -> io::Result<()> {
+        let _ = bell;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// How many sockets are open.
     fn open_sockets(&self) -> usize;

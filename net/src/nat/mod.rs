@@ -29,6 +29,7 @@ mod config;
 mod cx;
 mod dhcp;
 mod dns;
+mod door;
 mod fragment;
 mod host;
 mod icmp;
@@ -56,10 +57,12 @@ pub use config::{
     Reservation, Subnet,
 };
 pub use dhcp::Lease;
+pub use door::{ConnectError, NatHandle};
 pub use subnet::{Choice, NoFreeSubnet, Taken, choose, taken_by_host};
 
 use self::arp::Arp;
 use self::cx::{Cx, ServiceStream};
+use self::door::Door;
 use self::fragment::{Reassembled, Reassembler};
 use self::host::Machine;
 use self::icmp::Icmp;
@@ -93,6 +96,8 @@ pub struct Nat {
     udp: Udp,
     icmp: Icmp,
     services: Services,
+    /// Made for the first handle.
+    door: Option<Door>,
     /// The time of this turn, once something asked for it.
     turn: Option<Instant>,
     /// When the timer will fire.
@@ -156,6 +161,7 @@ impl Nat {
             udp: Udp::default(),
             icmp: Icmp::default(),
             services: Services::new(&config),
+            door: None,
             turn: None,
             armed: None,
             events: Vec::new(),
@@ -191,6 +197,19 @@ impl Nat {
     /// How many sockets of the host are open for the guests, listeners and the gateway's services included.
     pub fn open_sockets(&self) -> usize {
         self.shared.host.open_sockets()
+    }
+
+    /// A handle that reaches into the network once it is in use elsewhere.
+    ///
+    /// # Errors
+    /// When the process may have no more descriptors.
+    pub fn handle(&mut self) -> io::Result<NatHandle> {
+        if self.door.is_none() {
+            let (door, bell) = Door::new(self.shared.config.subnet, self.leases())?;
+            self.shared.host.watch_bell(bell)?;
+            self.door = Some(door);
+        }
+        self.door.as_ref().map(Door::handle).ok_or_else(|| io::ErrorKind::Unsupported.into())
     }
 
     /// The guests that were heard of: their addresses, and where they are.
@@ -334,6 +353,15 @@ impl Nat {
         }
     }
 
+    /// Does what was asked for through the handles, and tells them of the leases.
+    fn serve_door(&mut self, now: Instant) {
+        let Some(door) = self.door.as_mut() else { return };
+        if self.services.take_lease_news() {
+            door.publish(self.services.leases(now).collect());
+        }
+        door.serve(&mut self.shared.cx(now), &mut self.tcp);
+    }
+
     /// Tells the modules what the epoll has to say.
     fn poll(&mut self, now: Instant) {
         for _ in 0..MAX_POLLS {
@@ -347,6 +375,7 @@ impl Nat {
                     Owner::Udp | Owner::UdpListener => self.udp.ready(&mut cx, token, events),
                     Owner::Icmp => self.icmp.ready(&mut cx, token, events),
                     Owner::Dns => self.services.ready(&mut cx, token, events),
+                    Owner::Bell => self.door.iter_mut().for_each(Door::ring),
                 }
             }
             self.events = events;
@@ -379,7 +408,8 @@ impl Nat {
 
     fn deadline(&self) -> Option<Instant> {
         let flows = [self.tcp.deadline(), self.udp.deadline(), self.icmp.deadline()];
-        let others = [self.services.deadline(), self.fragments.deadline()];
+        let door = self.door.as_ref().and_then(Door::deadline);
+        let others = [self.services.deadline(), self.fragments.deadline(), door];
         flows.into_iter().chain(others).flatten().min()
     }
 
@@ -461,6 +491,7 @@ impl FramePort for Nat {
         self.poll(now);
         self.expire(now);
         self.serve_streams(now);
+        self.serve_door(now);
         let mut outcome = self.emit(now, ring);
         self.ask(now);
         if outcome == Received::Drained {

@@ -21,6 +21,8 @@ pub(crate) enum Owner {
     Icmp,
     /// A socket of the DNS forwarder, or a guest's TCP stream to it.
     Dns,
+    /// The bell of the handles.
+    Bell,
 }
 
 /// Names a socket in an event: slots are used again, so an event of a closed socket is told by its generation.
@@ -49,6 +51,7 @@ impl Token {
             4 => Owner::UdpListener,
             5 => Owner::Icmp,
             6 => Owner::Dns,
+            7 => Owner::Bell,
             _ => return None,
         };
         let generation = (bits >> 32) as u32 & 0xff_ffff;
@@ -87,6 +90,7 @@ mod tests {
             Owner::UdpListener,
             Owner::Icmp,
             Owner::Dns,
+            Owner::Bell,
         ] {
             let token = Token { owner, slot: u32::MAX, generation: 0xab_cdef };
             assert_eq!(Token::from_bits(token.to_bits()), Some(token));

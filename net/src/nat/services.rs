@@ -22,6 +22,8 @@ use crate::{DropReason, MacAddr};
 pub(crate) struct Services {
     dhcp: Server,
     dns: Dns,
+    /// A lease was given, renewed or given back since [`Services::take_lease_news`].
+    lease_news: bool,
 }
 
 /// The guests' names, as DHCP knows them.
@@ -48,7 +50,11 @@ impl Names for Guests<'_> {
 
 impl Services {
     pub(crate) fn new(config: &NatConfig) -> Self {
-        Self { dhcp: Server::new(dhcp::Config::new(config)), dns: Dns::new(config.dns.clone()) }
+        Self {
+            dhcp: Server::new(dhcp::Config::new(config)),
+            dns: Dns::new(config.dns.clone()),
+            lease_news: false,
+        }
     }
 
     /// Takes a packet if it is for a service; says whether it was.
@@ -95,6 +101,12 @@ impl Services {
     /// A machine was unplugged from the network.
     pub(crate) fn unplug(&mut self, mac: MacAddr, now: Instant) {
         self.dhcp.unplug(mac, now);
+        self.lease_news = true;
+    }
+
+    /// Whether leases have changed since this was last asked.
+    pub(crate) fn take_lease_news(&mut self) -> bool {
+        std::mem::take(&mut self.lease_news)
     }
 
     /// The leases that hold.
@@ -122,13 +134,17 @@ impl Services {
         match self.dhcp.input(&payload, packet.mac, cx.now)? {
             Outcome::Reply(reply) => {
                 if let Some((addr, until)) = reply.bound {
+                    self.lease_news = true;
                     cx.neighbours.lease(addr, packet.mac, cx.now, until);
                 }
                 let from = SocketAddrV4::new(cx.config.gateway(), SERVER_PORT);
                 let to = SocketAddrV4::new(reply.to, CLIENT_PORT);
                 wire::post(cx, reply.mac, from, to, &reply.payload, 0);
             }
-            Outcome::Freed(addr) => cx.neighbours.release(addr),
+            Outcome::Freed(addr) => {
+                self.lease_news = true;
+                cx.neighbours.release(addr);
+            }
             Outcome::Silence => {}
         }
         Ok(())

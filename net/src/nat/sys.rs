@@ -29,7 +29,7 @@ const MAX_EVENTS: usize = 128;
 const SCRATCH: usize = 64 << 10;
 /// Pieces of [`SCRATCH`] in one such peek: more than that is never in flight on an old kernel.
 const MAX_SCRATCH: usize = 64;
-/// Assumed send buffer where the kernel does not tell (a socketpair).
+/// Assumed send buffer where the kernel does not tell.
 const UNIX_SPACE: u32 = 32 << 10;
 /// Connections that wait for `accept` (the kernel caps it at `net.core.somaxconn`).
 const BACKLOG: c_int = 1024;
@@ -54,6 +54,7 @@ struct Open {
 pub(crate) struct SysHost {
     epoll: OwnedFd,
     timer: OwnedFd,
+    bell: Option<OwnedFd>,
     /// Indexed by descriptor number.
     open: Vec<Option<Open>>,
     peek_off: bool,
@@ -131,7 +132,7 @@ impl SysHost {
         let timer = own(unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, flags) })?;
         let probe = stream_socket()?;
         let peek_off = set_option(probe.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF, &0i32).is_ok();
-        let host = Self { epoll, timer, open: Vec::new(), peek_off, scratch: Vec::new() };
+        let host = Self { epoll, timer, bell: None, open: Vec::new(), peek_off, scratch: Vec::new() };
         host.register(host.timer.as_raw_fd(), Token { owner: Owner::Timer, slot: 0, generation: 0 })?;
         Ok(host)
     }
@@ -251,6 +252,12 @@ impl Machine for SysHost {
         unsafe { libc::timerfd_settime(self.timer.as_raw_fd(), 0, &raw const spec, std::ptr::null_mut()) };
     }
 
+    fn watch_bell(&mut self, bell: OwnedFd) -> io::Result<()> {
+        self.register(bell.as_raw_fd(), Token { owner: Owner::Bell, slot: 0, generation: 0 })?;
+        self.bell = Some(bell);
+        Ok(())
+    }
+
     fn open_sockets(&self) -> usize {
         self.open.iter().flatten().count()
     }
@@ -329,6 +336,18 @@ impl StreamHost for SysHost {
         set_option(ours.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF, &0i32)?;
         self.register(ours.as_raw_fd(), token)?;
         Ok((self.insert(ours, Kind::Unix), self.insert(theirs, Kind::Unix)))
+    }
+
+    fn adopt_stream(&mut self, stream: OwnedFd, token: Token) -> io::Result<SockId> {
+        // Only Unix streams have a peek offset on every kernel.
+        let unix = rustix::net::getsockname(&stream)?.address_family() == rustix::net::AddressFamily::UNIX;
+        if !unix || rustix::net::sockopt::socket_type(&stream)? != rustix::net::SocketType::STREAM {
+            return Err(io::Error::from_raw_os_error(libc::ESOCKTNOSUPPORT));
+        }
+        rustix::io::ioctl_fionbio(&stream, true)?;
+        set_option(stream.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF, &0i32)?;
+        self.register(stream.as_raw_fd(), token)?;
+        Ok(self.insert(stream, Kind::Unix))
     }
 
     fn connected(&mut self, sock: SockId) -> io::Result<()> {
@@ -455,8 +474,9 @@ impl StreamHost for SysHost {
 
     fn send_space(&mut self, sock: SockId) -> SendSpace {
         let unknown = SendSpace { free: UNIX_SPACE, size: UNIX_SPACE, writable: true };
-        let Some(open) = self.entry(sock).filter(|open| open.kind == Kind::Tcp) else { return unknown };
+        let Some(open) = self.entry(sock).filter(|open| open.kind != Kind::Other) else { return unknown };
         // SK_MEMINFO_* of linux/sock_diag.h: the send buffer's limit, and what is charged to it.
+        const WMEM_ALLOC: usize = 2;
         const SNDBUF: usize = 3;
         const WMEM_QUEUED: usize = 5;
         let mut info = [0u32; 16];
@@ -474,7 +494,14 @@ impl StreamHost for SysHost {
         if result < 0 {
             return unknown;
         }
-        let (size, free) = (info[SNDBUF], info[SNDBUF].saturating_sub(info[WMEM_QUEUED]));
+        let size = info[SNDBUF];
+        if open.kind == Kind::Unix {
+            // What the peer has not read, with the kernel's headers and whole pages; as unix_writable has it.
+            let used = info[WMEM_ALLOC];
+            let writable = used.saturating_mul(4) <= size;
+            return SendSpace { free: size.saturating_sub(used) / 2, size, writable };
+        }
+        let free = size.saturating_sub(info[WMEM_QUEUED]);
         // The kernel charges its own headers to the buffer, too: about 2% with full segments.
         let likely = free - free / 8;
         // As the kernel's sk_stream_is_writeable has it.

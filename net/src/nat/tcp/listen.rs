@@ -10,6 +10,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use super::table::Key;
@@ -154,17 +155,47 @@ impl Tcp {
         true
     }
 
+    /// Opens a connection from the gateway to a guest for a stream of this host; one that can't be opened is closed.
+    pub(crate) fn visit(&mut self, cx: &mut Cx<'_>, stream: OwnedFd, guest: SocketAddrV4) {
+        let full = self.table.len() >= cx.config.limits.tcp_flows;
+        let port = self.next_visitor();
+        let Some(key) = self.free_key(guest, cx.config.gateway(), port) else {
+            return cx.drop(DropReason::TableFull, || {
+                format!("a stream of this host to {guest}: no port is free")
+            });
+        };
+        if full {
+            return cx.drop(DropReason::TableFull, || format!("a stream of this host to {guest}"));
+        }
+        match cx.host.adopt_stream(stream, self.table.next_token()) {
+            Ok(sock) => self.insert(cx, key, sock, None),
+            Err(error) => {
+                cx.drop(DropReason::HostSocket, || format!("a stream of this host to {guest}: {error}"));
+            }
+        }
+    }
+
+    /// A port of the dynamic range (RFC 6335 §6), another one for each visitor.
+    fn next_visitor(&mut self) -> u16 {
+        self.visitors = self.visitors.wrapping_add(1);
+        0xc000 | self.visitors & 0x3fff
+    }
+
+    /// The first pair of addresses from `port` on that no flow has.
+    fn free_key(&self, guest: SocketAddrV4, addr: Ipv4Addr, port: u16) -> Option<Key> {
+        (0..PORT_TRIES)
+            .map(|n| SocketAddrV4::new(addr, port.wrapping_add(n).max(1)))
+            .map(|world| Key { guest, world })
+            .find(|key| self.table.find(key).is_none())
+    }
+
     /// Opens a connection to a guest for a client. Says whether that was possible.
     fn open_to(&mut self, cx: &mut Cx<'_>, sock: SockId, guest: SocketAddrV4, client: SocketAddrV4) -> bool {
         if self.table.len() >= cx.config.limits.tcp_flows {
             return false;
         }
         let addr = dial::client(cx.config, *client.ip());
-        let free = (0..PORT_TRIES)
-            .map(|n| SocketAddrV4::new(addr, client.port().wrapping_add(n).max(1)))
-            .map(|world| Key { guest, world })
-            .find(|key| self.table.find(key).is_none());
-        let Some(key) = free else { return false };
+        let Some(key) = self.free_key(guest, addr, client.port()) else { return false };
         let token = self.table.next_token();
         if cx.host.watch(sock, token).is_err() {
             return false;

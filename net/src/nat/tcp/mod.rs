@@ -87,6 +87,8 @@ pub(crate) struct Tcp {
     listeners: Listeners,
     /// A listener has become ready since clients were last accepted.
     fresh: bool,
+    /// Streams of this host that were led into a guest so far.
+    visitors: u16,
     /// The secret of the initial sequence numbers (RFC 6528) and timestamps (RFC 7323 §7.1).
     secret: RandomState,
     epoch: Option<Instant>,
