@@ -1,6 +1,8 @@
 //! Builds the guests that this crate embeds: each is a package of its own, since it is linked unlike the
 //! workspace, and each has its own file here that says how.
 
+#[path = "build/agent.rs"]
+mod agent;
 #[path = "build/init.rs"]
 mod init;
 #[path = "build/lab_init.rs"]
@@ -14,6 +16,7 @@ fn main() {
     // The list of watched files is complete: without it cargo would rerun this on every touched source.
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=build");
+    agent::build();
     init::build();
     lab_init::build();
     probe::build();

@@ -1,6 +1,6 @@
 //! The image `debian`: Debian's own cloud kernel, untouched, and an initrd with busybox and our init.
 //!
-//! What enters: two packages of Debian's archive (`linux-image-*-cloud-amd64`, `busybox-static`), [`crate::INIT`], and the small
+//! What enters: two packages of Debian's archive (`linux-image-*-cloud-amd64`, `busybox-static`), [`crate::INIT`], [`crate::AGENT`], and the small
 //! files below `debian/files`. What leaves: `vmlinuz` and `initrd` in a directory, and what the manifest says about them.
 //! The same inputs give the same bytes.
 //!
@@ -84,6 +84,7 @@ pub(crate) fn recipe(suite: Suite, extra_modules: &[String]) -> String {
         hash.update(bytes);
     };
     part(crate::INIT);
+    part(crate::AGENT);
     part(suite.name().as_bytes());
     for (path, mode, content) in FILES {
         part(path.as_bytes());
@@ -192,6 +193,7 @@ fn compose(busybox: &Path, release: &str, modules: &modules::Modules) -> Result<
     // The kernel opens it for init before anything is mounted.
     tree.char_device("dev/console", 0o600, 5, 1)?;
     tree.file("init", 0o755, crate::INIT)?;
+    tree.file("usr/sbin/pontoon-agent", 0o755, crate::AGENT)?;
     for (path, mode, content) in FILES {
         tree.file(path, mode, content)?;
     }

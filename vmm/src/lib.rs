@@ -7,6 +7,7 @@
 //! | [`machine`] | [`Machine::builder`](machine::Machine::builder), a running machine, why it ended: begin here |
 //! | [`kvm`] | what this host's KVM is, and the virtual machine behind a machine |
 //! | [`boot`], [`acpi`], [`cpuid`], [`layout`], [`memory`] | what a kernel finds when it starts |
+//! | [`agent`] | commands and files in a running machine, through a small program in the guest |
 //! | [`console`] | a terminal in raw mode, its escape, serial input |
 //! | [`runtime`] | the folder in which a user's machines are found, and who lives in it |
 //! | [`lab`] | an emulated host with AMD-V, for hosts that have none |
@@ -16,6 +17,7 @@
 //! [`net::tap::TapPort`].
 
 pub mod acpi;
+pub mod agent;
 pub mod boot;
 pub mod console;
 pub mod cpuid;

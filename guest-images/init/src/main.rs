@@ -12,11 +12,12 @@
 //!
 //! 1. Mount /proc, /sys, /dev, /dev/pts, /dev/shm, /run, /tmp; take the active console as standard streams.
 //! 2. Load the modules that the hardware's modaliases ask for, until no new hardware appears.
-//! 3. Bring up lo; for every NIC start udhcpc, which keeps the lease in the background; print the address.
+//! 3. Start the agent in the background, if there is a vsock device and the image has one (see `agent.rs`).
+//! 4. Bring up lo; for every NIC start udhcpc, which keeps the lease in the background; print the address.
 //!    Without a NIC nothing is waited for; without an answer at most [`net::DHCP_LIMIT`].
-//! 4. Run the command, or a login shell, in the foreground of the console, which is its controlling terminal; reap
+//! 5. Run the command, or a login shell, in the foreground of the console, which is its controlling terminal; reap
 //!    orphans meanwhile.
-//! 5. Stop everything, write disks back, and hand the status to the VMM through the exit device (one byte to I/O port
+//! 6. Stop everything, write disks back, and hand the status to the VMM through the exit device (one byte to I/O port
 //!    0xF4); power off where there is none.
 //!
 //! # Statuses
@@ -26,6 +27,7 @@
 //!
 //! Nothing here may panic: PID 1's death is a kernel panic. What fails is said on the console, and the boot goes on.
 
+mod agent;
 mod console;
 mod modules;
 mod net;
@@ -52,6 +54,7 @@ fn main() {
     console::prepare(request.console);
     supervise::block_signals();
     modules::load(&options.modules);
+    agent::start();
     let hostname = set_hostname(request.hostname.as_deref());
     net::up(&hostname, options.dhcp);
     power::end(supervise::run(&request));

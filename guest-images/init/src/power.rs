@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use crate::{console, say, supervise, sys};
+use crate::{agent, console, say, supervise, sys};
 
 /// The exit device: a byte written here ends the VM with that status.
 const EXIT_PORT: u16 = 0xF4;
@@ -23,6 +23,7 @@ pub(crate) enum End {
 
 /// Ends the machine. Never returns: when even power-off is refused, it waits for whoever is outside.
 pub(crate) fn end(how: End) -> ! {
+    agent::forget();
     if has_disks() {
         // Without disks nothing that still runs has anything to lose: the root file system is memory.
         stop_processes();

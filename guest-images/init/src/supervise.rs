@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::power::End;
 use crate::request::Request;
-use crate::{say, sys};
+use crate::{agent, say, sys};
 
 /// The signals that init waits for.
 const SIGNALS: [i32; 6] =
@@ -82,8 +82,9 @@ pub(crate) fn wait_for(mut pids: Vec<u32>, limit: Duration) {
         }
         // Any signal but SIGCHLD means nothing yet; the loop looks at children and clock anyway.
         let _ = sys::wait_signal(&SIGNALS, Some(left));
-        while let Some((pid, _)) = sys::reap() {
+        while let Some((pid, status)) = sys::reap() {
             pids.retain(|&waited| waited != pid);
+            agent::reaped(pid, status);
         }
     }
 }
@@ -114,6 +115,7 @@ fn wait_for_main(main: u32) -> End {
             if pid == main {
                 return End::Status(shell_status(ExitStatus::from_raw(status)));
             }
+            agent::reaped(pid, status);
         }
     }
 }

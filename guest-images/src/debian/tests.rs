@@ -134,3 +134,9 @@ fn init_is_small() {
     assert_eq!(&crate::INIT[..4], b"\x7fELF");
     assert!(crate::INIT.len() < 1_300_000, "{}", crate::INIT.len());
 }
+
+#[test]
+fn agent_is_tiny() {
+    assert_eq!(&crate::AGENT[..4], b"\x7fELF");
+    assert!(crate::AGENT.len() < 64_000, "{}", crate::AGENT.len());
+}

@@ -1,0 +1,129 @@
+//! The client: where an agent is, and the short requests.
+
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::connect::{Address, PATIENCE};
+use super::error::{AgentError, local, shown};
+use super::link::Link;
+use super::wire::{Kind, PORT};
+
+/// How long the agent may take to say that it has begun, or that it can't.
+pub(super) const ANSWER: Duration = Duration::from_secs(30);
+/// How long a copy may make no progress: a slow disk's patience.
+const COPY: Duration = Duration::from_secs(120);
+/// How often a machine that is still booting is asked again.
+const AGAIN: Duration = Duration::from_millis(100);
+
+/// A way to a connection that somebody else knows.
+type Connect = dyn Fn() -> io::Result<OwnedFd> + Send + Sync;
+
+/// The agent of one machine. Cheap to clone; every call makes a connection of its own.
+#[derive(Clone)]
+pub struct Client {
+    way: Way,
+}
+
+#[derive(Clone)]
+enum Way {
+    Address(Address),
+    Custom(Arc<Connect>),
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.way {
+            Way::Address(address) => f.debug_tuple("Client").field(address).finish(),
+            Way::Custom(_) => f.write_str("Client(..)"),
+        }
+    }
+}
+
+impl Client {
+    /// The agent behind a machine's vsock socket ([`PORT`]).
+    pub fn vsock(path: impl Into<PathBuf>) -> Self {
+        Self::vsock_port(path, PORT)
+    }
+
+    /// The same on another vsock port.
+    pub fn vsock_port(path: impl Into<PathBuf>, port: u32) -> Self {
+        Self { way: Way::Address(Address::Vsock(path.into(), port)) }
+    }
+
+    /// An agent that listens on a Unix socket (`pontoon-agent --unix PATH`).
+    pub fn unix(path: impl Into<PathBuf>) -> Self {
+        Self { way: Way::Address(Address::Unix(path.into())) }
+    }
+
+    /// An agent that `connect` makes connections to: stream sockets on which nothing has been said.
+    pub fn with(connect: impl Fn() -> io::Result<OwnedFd> + Send + Sync + 'static) -> Self {
+        Self { way: Way::Custom(Arc::new(connect)) }
+    }
+
+    /// A new connection.
+    pub(super) fn link(&self) -> Result<Link, AgentError> {
+        self.link_within(PATIENCE)
+    }
+
+    fn link_within(&self, patience: Duration) -> Result<Link, AgentError> {
+        let fd = match &self.way {
+            Way::Address(address) => address.connect(patience)?,
+            Way::Custom(connect) => connect().map_err(local("connect to the agent"))?,
+        };
+        Link::new(fd, COPY)
+    }
+
+    /// Asks for one answer of this kind; its payload.
+    fn ask(&self, request: Kind, expected: Kind, patience: Duration) -> Result<Vec<u8>, AgentError> {
+        let mut link = self.link_within(patience.min(PATIENCE))?;
+        link.queue(request, &[]);
+        match link.answer(patience)? {
+            (kind, payload) if kind == expected => Ok(payload),
+            (kind, _) => Err(AgentError::Protocol(format!("{kind:?} in answer to {request:?}"))),
+        }
+    }
+
+    /// The agent's version.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn ping(&self) -> Result<String, AgentError> {
+        self.ask(Kind::Ping, Kind::Pong, ANSWER).map(|version| shown(&version))
+    }
+
+    /// Pings until the agent answers, for about `patience`: a machine that has just been started has none yet.
+    ///
+    /// # Errors
+    /// [`AgentError`] of the last attempt; at once for what waiting does not change.
+    pub fn wait_until_ready(&self, patience: Duration) -> Result<String, AgentError> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now()).max(AGAIN);
+            match self.ask(Kind::Ping, Kind::Pong, left.min(ANSWER)) {
+                Err(
+                    AgentError::Missing { .. }
+                    | AgentError::NotUp { .. }
+                    | AgentError::Ended
+                    | AgentError::NoAnswer { .. },
+                ) if Instant::now() + AGAIN < deadline => {
+                    // Nothing tells the host that a guest's port opens.
+                    std::thread::sleep(AGAIN);
+                }
+                answer => return answer.map(|version| shown(&version)),
+            }
+        }
+    }
+
+    /// Asks the guest to shut down in order. Returns when it has been asked; the machine ends a little later.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn power_off(&self) -> Result<(), AgentError> {
+        // systemctl talks to a manager that may be busy.
+        self.ask(Kind::PowerOff, Kind::Done, ANSWER).map(drop)
+    }
+}
