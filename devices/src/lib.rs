@@ -14,6 +14,7 @@
 pub mod acpi;
 pub mod bus;
 pub mod cmos;
+pub mod disk;
 pub mod exit;
 pub mod i8042;
 pub mod serial;

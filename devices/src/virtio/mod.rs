@@ -29,6 +29,8 @@ use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+pub mod balloon;
+pub mod blk;
 mod interrupt;
 pub mod mmio;
 pub mod net;

@@ -5,27 +5,27 @@ use vm_memory::VolatileSlice;
 /// The allocation of a list that is empty between turns. A list borrows from guest memory for one turn only, yet
 /// its allocation is to survive the turn, and to move to the worker's thread, which pointers may not.
 #[derive(Default)]
-pub(super) struct Spare(Vec<[usize; PIECE_WORDS]>);
+pub(in crate::virtio) struct Spare(Vec<[usize; PIECE_WORDS]>);
 
 /// Words of a piece: an allocation is reused only for elements of the same size.
 const PIECE_WORDS: usize = size_of::<VolatileSlice<'static>>() / size_of::<usize>();
 
 impl Spare {
     /// The list, for pieces that live for one turn.
-    pub(super) fn take<'m>(&mut self) -> Vec<VolatileSlice<'m>> {
+    pub(in crate::virtio) fn take<'m>(&mut self) -> Vec<VolatileSlice<'m>> {
         // Collecting a vector's own iterator reuses its allocation; the test holds it to that.
         std::mem::take(&mut self.0).into_iter().map_while(|_| None).collect()
     }
 
     /// Gives the list back, emptied.
-    pub(super) fn put(&mut self, pieces: Vec<VolatileSlice<'_>>) {
+    pub(in crate::virtio) fn put(&mut self, pieces: Vec<VolatileSlice<'_>>) {
         self.0 = pieces.into_iter().map_while(|_| None).collect();
     }
 }
 
 /// Takes the first `len` bytes off `pieces[*start..]` and passes them to `taken`; moves `start` past the pieces
 /// that are used up. There must be as many bytes.
-pub(super) fn take_front<'m>(
+pub(in crate::virtio) fn take_front<'m>(
     pieces: &mut [VolatileSlice<'m>],
     start: &mut usize,
     mut len: usize,

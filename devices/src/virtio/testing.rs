@@ -104,7 +104,16 @@ impl Driver {
         device: impl VirtioDevice + 'static,
         worker: impl MutEventSubscriber + 'static,
     ) -> Self {
-        let (mem, line) = (memory(), CountingLine::new());
+        Self::with_memory(device, worker, memory())
+    }
+
+    /// The same with memory of the test's own, up to [`MEMORY_END`].
+    pub(crate) fn with_memory(
+        device: impl VirtioDevice + 'static,
+        worker: impl MutEventSubscriber + 'static,
+        mem: Memory,
+    ) -> Self {
+        let line = CountingLine::new();
         let queues = (0..).zip(device.queue_sizes()).map(|(i, size)| Vring::new(i, *size)).collect();
         let transport = MmioTransport::new(Box::new(device), Arc::clone(&mem), line.clone());
         let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new().unwrap();
@@ -163,6 +172,10 @@ impl Driver {
     pub(crate) fn start(&mut self, features: u64) {
         assert!(self.negotiate(features | F_VERSION_1));
         for index in 0..self.queues.len() {
+            // A size of 0: no such queue.
+            if self.queues[index].size == 0 {
+                continue;
+            }
             let fresh = Vring::new(index as u64, self.queues[index].size);
             self.mem.write_slice(&[0; 0xc000], GuestAddress(fresh.desc)).unwrap();
             self.describe_queue(index, fresh.size.into(), fresh.desc, fresh.avail, fresh.used);
@@ -182,6 +195,21 @@ impl Driver {
             }
         }
         panic!("the I/O thread spins");
+    }
+
+    /// The I/O thread until `chains` of a queue came back, for devices that wait for the host. What came back.
+    pub(crate) fn run_until_used(&mut self, queue: usize, chains: usize) -> Vec<(u16, u32)> {
+        let mut used = self.used(queue);
+        let mut idle = 0;
+        while used.len() < chains {
+            // Patience, not a measure: a device that answers is never waited for that long. io_uring interrupts a wait.
+            if self.events.run_with_timeout(3_000).unwrap() == 0 {
+                idle += 1;
+                assert!(idle < 20, "{} of {chains} chains came back", used.len());
+            }
+            used.extend(self.used(queue));
+        }
+        used
     }
 
     /// One round of the I/O thread.

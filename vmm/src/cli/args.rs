@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
+use devices::disk::DiskMode;
 use net::MacAddr;
 use net::nat::{Publish, Subnet};
 use net::tap::TapName;
@@ -115,6 +116,11 @@ pub(crate) struct RunArgs {
     /// Memory, such as 512M or 2G
     #[arg(long, value_name = "SIZE", default_value = "512M")]
     pub(crate) memory: MemorySize,
+
+    /// A disk, raw image or block device: the guest's /dev/vda, the next one /dev/vdb. With ,ro the guest only reads; with ,overlay what
+    /// it writes is kept apart from the image and goes with the machine
+    #[arg(long, value_name = "FILE[,ro][,overlay]", value_hint = ValueHint::FilePath)]
+    pub(crate) disk: Vec<DiskSpec>,
 
     /// The network: nat (own subnet, DHCP, DNS, no root), tap:BRIDGE (on the LAN, needs root) or none
     #[arg(long, value_name = "NET", default_value = "nat")]
@@ -369,6 +375,48 @@ impl FromStr for MemorySize {
     }
 }
 
+/// An image and how it is used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct DiskSpec {
+    /// The image.
+    pub(crate) path: PathBuf,
+    /// Read-write, read-only, or the base of an overlay.
+    pub(crate) mode: DiskMode,
+}
+
+impl DiskSpec {
+    /// The words behind the path.
+    pub(crate) fn suffix(&self) -> &'static str {
+        match self.mode {
+            DiskMode::ReadWrite => "",
+            DiskMode::ReadOnly => ",ro",
+            DiskMode::Overlay => ",overlay",
+        }
+    }
+}
+
+impl FromStr for DiskSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        // Words are taken off the end, so a comma may be in the path as long as none of them is behind it.
+        let known = [(",ro", DiskMode::ReadOnly), (",overlay", DiskMode::Overlay)];
+        let (mut path, mut mode) = (text, DiskMode::ReadWrite);
+        while let Some((rest, found)) =
+            known.iter().find_map(|(word, m)| Some((path.strip_suffix(word)?, *m)))
+        {
+            if mode != DiskMode::ReadWrite && mode != found {
+                return Err("an overlay is there to be written: leave out ,ro or ,overlay".to_owned());
+            }
+            (path, mode) = (rest, found);
+        }
+        if path.is_empty() {
+            return Err("name a raw image or a block device, such as disk.img or disk.img,overlay".to_owned());
+        }
+        Ok(Self { path: path.into(), mode })
+    }
+}
+
 /// A DNS server: an address, with or without a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DnsServer(pub(crate) SocketAddrV4);
@@ -412,6 +460,17 @@ mod tests {
         for bad in ["", "M", "0", "-1M", "1T", "1.5G", "99999999999999999999G", "18446744073709551615M", "é"]
         {
             assert!(bad.parse::<MemorySize>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_disk_is_a_path_and_what_may_be_done_with_it() {
+        let disk = |path: &str, mode| Ok(DiskSpec { path: path.into(), mode });
+        assert_eq!("a.img".parse(), disk("a.img", DiskMode::ReadWrite));
+        assert_eq!("a.img,ro".parse(), disk("a.img", DiskMode::ReadOnly));
+        assert_eq!("/x/a,b.img,overlay".parse(), disk("/x/a,b.img", DiskMode::Overlay));
+        for bad in ["", ",ro", ",overlay", "a,ro,overlay", "a,overlay,ro"] {
+            assert!(bad.parse::<DiskSpec>().is_err(), "{bad}");
         }
     }
 

@@ -1,7 +1,7 @@
 //! `pontoon run` where this host cannot: the same command, inside the lab.
 //!
 //! Files that the flags name are carried in under names of their own, the command line is written again with
-//! those names, and what the machine leaves (console file, capture) is carried out. Published ports go through
+//! those names, and what the machine leaves (console file, capture, disks that it wrote) is carried out. Published ports go through
 //! the emulator: this host's address and port lead to the lab's, and the lab's to the guest.
 
 use std::ffi::OsString;
@@ -15,6 +15,7 @@ use vmm::lab::{self, Config, Forward, Run, RunOptions};
 
 use super::Failure;
 use super::args::{NetSpec, RunArgs};
+use super::carry::Carried;
 use super::lab::run_in_lab;
 use super::run::{Boot, PROBE};
 
@@ -31,11 +32,14 @@ pub(crate) fn run(args: &RunArgs, boot: &Boot) -> Result<u8, Failure> {
     let cache = lab::default_cache().ok_or_else(|| {
         Failure::usage(anyhow!("set XDG_CACHE_HOME or HOME: the lab keeps its snapshot there"))
     })?;
-    let config = Config { memory_mib: outer_memory(args)?, ..Config::new(cache) };
+    let disks = Carried::open(&args.disk)?;
+    let config = Config { memory_mib: outer_memory(args, &disks)?, ..Config::new(cache) };
     let mut run = Run::new(["pontoon"]);
-    words(args, boot, &mut run);
+    words(args, boot, &disks, &mut run);
     run.timeout = args.timeout.map(|seconds| Duration::from_secs(seconds.into()) + GRACE);
-    run_in_lab(&RunOptions { config, run })
+    let status = run_in_lab(&RunOptions { config, run })?;
+    disks.finish()?;
+    Ok(status)
 }
 
 /// Flags that name something of this host which the lab does not have.
@@ -61,11 +65,18 @@ fn check(args: &RunArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn outer_memory(args: &RunArgs) -> Result<u32, Failure> {
-    let needed = (args.memory.0 >> 20) + OUTER_MIB;
+fn outer_memory(args: &RunArgs, disks: &Carried) -> Result<u32, Failure> {
+    let carried = disks.bytes().div_ceil(1 << 20);
+    let needed = (args.memory.0 >> 20) + OUTER_MIB + carried;
     match u32::try_from(needed) {
         Ok(mib) if mib <= USUAL_MIB => Ok(USUAL_MIB),
         Ok(mib) if mib <= MOST_MIB => Ok(MOST_MIB),
+        _ if carried > 0 => Err(Failure::usage(anyhow!(
+            "--memory {} and disks of {carried}M are more than the lab can have; together {}M is the most, since its disks are in \
+             memory",
+            args.memory,
+            u64::from(MOST_MIB) - OUTER_MIB
+        ))),
         _ => Err(Failure::usage(anyhow!(
             "--memory {} is more than a guest in the lab can have; {}M is the most",
             args.memory,
@@ -90,7 +101,7 @@ impl Words {
 }
 
 /// Writes the command line again, and notes the files and ports that it needs.
-fn words(args: &RunArgs, boot: &Boot, run: &mut Run) {
+fn words(args: &RunArgs, boot: &Boot, disks: &Carried, run: &mut Run) {
     let mut words = Words(vec!["pontoon".into(), "run".into()]);
     match boot {
         Boot::Probe => words.0.push(PROBE.into()),
@@ -110,6 +121,9 @@ fn words(args: &RunArgs, boot: &Boot, run: &mut Run) {
     words.flag_if("--mac", args.mac);
     words.flag_if("--subnet", args.subnet);
     words.flag_if("--timeout", args.timeout);
+    for disk in disks.put(run) {
+        words.flag("--disk", disk);
+    }
     for server in &args.dns {
         words.flag("--dns", server.0.to_string());
     }

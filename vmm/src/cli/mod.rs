@@ -5,6 +5,7 @@
 
 mod args;
 mod attach;
+mod carry;
 mod check;
 mod console;
 mod detach;

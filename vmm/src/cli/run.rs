@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
+use devices::disk::Disk;
 use devices::serial::Hold;
 use guest_images::initrd::{self, Console as ConsoleMode, Request};
 use guest_images::{Store, store};
@@ -125,6 +126,9 @@ fn run_here(args: &mut RunArgs, boot: &Boot, detached: bool) -> Result<u8, Failu
     if let Some(nic) = plugged.nic.take() {
         builder = builder.nic(nic);
     }
+    for disk in &args.disk {
+        builder = builder.disk(Disk::open(&disk.path, disk.mode).map_err(Failure::usage)?);
+    }
     if let Some(path) = args.vsock.clone().or_else(|| registered.vsock()) {
         builder = builder.vsock(path);
     }
@@ -213,7 +217,8 @@ fn boot_flags(
             .bare_metal(true)
             .cmdline(extra)),
         Boot::Linux { kernel, initrd } => {
-            let mut builder = builder.kernel(Kernel::Path(kernel.clone())).cmdline(linux_cmdline(extra));
+            let mut builder =
+                builder.kernel(Kernel::Path(kernel.clone())).cmdline(linux_cmdline(extra)).balloon(true);
             if let Some(path) = initrd {
                 builder = builder.initrd(initrd_with_request(args, path, terminal)?);
             }

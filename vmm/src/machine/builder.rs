@@ -7,15 +7,14 @@ use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 use std::thread;
 
+use devices::disk::Disk;
 use devices::serial::Hold;
 use devices::virtio::VirtioDevice;
-use devices::virtio::net::Net;
-use devices::virtio::rng::Rng;
-use devices::virtio::vsock::{GUEST_CID, Vsock};
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::VcpuFd;
 use net::{FramePort, MacAddr};
 
+use super::devices::Devices;
 use super::error::{BuildError, StartError};
 use super::events::{VcpuThreads, Worker, new_loop, serve};
 use super::exit::{End, EndOnPanic, ExitReason, reason};
@@ -54,10 +53,7 @@ pub struct MachineBuilder {
     initrd: Option<Kernel>,
     cmdline: String,
     bare_metal: bool,
-    nics: Vec<Nic>,
-    vsock: Option<PathBuf>,
-    entropy: bool,
-    virtio: Vec<(Box<dyn VirtioDevice>, Worker)>,
+    devices: Devices,
     workers: Vec<MakeWorker>,
     serial_output: Box<dyn Write + Send>,
     serial_input: Option<OwnedFd>,
@@ -74,10 +70,7 @@ impl MachineBuilder {
             initrd: None,
             cmdline: DEFAULT_CMDLINE.into(),
             bare_metal: false,
-            nics: Vec::new(),
-            vsock: None,
-            entropy: true,
-            virtio: Vec::new(),
+            devices: Devices { entropy: true, ..Devices::default() },
             workers: Vec::new(),
             serial_output: Box::new(io::sink()),
             serial_input: None,
@@ -132,34 +125,49 @@ impl MachineBuilder {
     /// Adds a network interface.
     #[must_use]
     pub fn nic(mut self, nic: Nic) -> Self {
-        self.nics.push(nic);
+        self.devices.nics.push(nic);
         self
     }
 
-    /// A virtio-vsock device (guest CID [`GUEST_CID`]) that listens on the Unix socket `path`: see [`devices::virtio::vsock`] for what
+    /// Adds a disk: the guest's `/dev/vda`, then `/dev/vdb`, …, in the order in which they are added. See [`devices::disk`].
+    #[must_use]
+    pub fn disk(mut self, disk: Disk) -> Self {
+        self.devices.disks.push(disk);
+        self
+    }
+
+    /// A virtio-vsock device (guest CID [`devices::virtio::vsock::GUEST_CID`]) that listens on the Unix socket `path`: see [`devices::virtio::vsock`] for what
     /// clients say there, and where the guest's own connections go. The file has mode 0600 and goes with the machine.
     #[must_use]
     pub fn vsock(mut self, path: impl Into<PathBuf>) -> Self {
-        self.vsock = Some(path.into());
+        self.devices.vsock = Some(path.into());
+        self
+    }
+
+    /// Whether the machine has a memory balloon with free page reporting, by which memory that the guest has freed goes back to the
+    /// host: see [`devices::virtio::balloon`]. It has none, unless said otherwise.
+    #[must_use]
+    pub fn balloon(mut self, balloon: bool) -> Self {
+        self.devices.balloon = balloon;
         self
     }
 
     /// Whether the machine has a virtio entropy device. It has, unless said otherwise.
     #[must_use]
     pub fn entropy(mut self, entropy: bool) -> Self {
-        self.entropy = entropy;
+        self.devices.entropy = entropy;
         self
     }
 
     /// Adds a virtio device: the half for the transport, and the half for the I/O thread. Devices are numbered in the
-    /// order: network interfaces, vsock, these, entropy.
+    /// order: network interfaces, disks, vsock, these, balloon, entropy.
     #[must_use]
     pub fn virtio(
         mut self,
         device: Box<dyn VirtioDevice>,
         worker: Box<dyn MutEventSubscriber + Send>,
     ) -> Self {
-        self.virtio.push((device, worker));
+        self.devices.others.push((device, worker));
         self
     }
 
@@ -210,10 +218,7 @@ impl MachineBuilder {
     /// [`BuildError`], one variant per concern.
     pub fn build(self) -> Result<Machine, BuildError> {
         let kernel = self.kernel.as_ref().ok_or(BuildError::NoKernel)?;
-        let virtio_devices = self.nics.len()
-            + usize::from(self.vsock.is_some())
-            + self.virtio.len()
-            + usize::from(self.entropy);
+        let virtio_devices = self.devices.count();
         if virtio_devices > MAX_VIRTIO_DEVICES {
             return Err(BuildError::TooManyDevices { asked: virtio_devices, max: MAX_VIRTIO_DEVICES });
         }
@@ -229,7 +234,7 @@ impl MachineBuilder {
         acpi::write(&memory, acpi::Hardware { cpus: self.cpus, virtio_devices })?;
         let end = End::new().map_err(|source| BuildError::Device { what: "end signal", source })?;
         let mut hardware = Hardware::new(&vm, self.serial_output)?;
-        let mut workers = virtio(&vm, &mut hardware, self.nics, self.vsock, self.virtio, self.entropy)?;
+        let mut workers = self.devices.attach(&vm, &mut hardware)?;
         let hardware = Arc::new(hardware);
         let end = Arc::new(end);
         if let Some(source) = self.serial_input {
@@ -308,41 +313,6 @@ impl Machine {
         };
         Ok(Running { end, io: Some(io), hardware })
     }
-}
-
-/// Makes the virtio devices, in the order in which the guest counts them, and gives their workers.
-fn virtio(
-    vm: &Vm,
-    hardware: &mut Hardware,
-    nics: Vec<Nic>,
-    vsock: Option<PathBuf>,
-    others: Vec<(Box<dyn VirtioDevice>, Worker)>,
-    entropy: bool,
-) -> Result<Vec<Worker>, BuildError> {
-    let mut workers: Vec<Worker> = Vec::with_capacity(MAX_VIRTIO_DEVICES);
-    for Nic { mac, port } in nics {
-        let (device, worker) =
-            Net::new(mac, port).map_err(|source| BuildError::Device { what: "network interface", source })?;
-        hardware.watch_nic(device.monitor());
-        hardware.add_virtio(vm, Box::new(device))?;
-        workers.push(Box::new(worker));
-    }
-    if let Some(path) = vsock {
-        let (device, worker) = Vsock::new(GUEST_CID, &path)?;
-        hardware.add_virtio(vm, Box::new(device))?;
-        workers.push(Box::new(worker));
-    }
-    for (device, worker) in others {
-        hardware.add_virtio(vm, device)?;
-        workers.push(worker);
-    }
-    if entropy {
-        let (device, worker) =
-            Rng::new().map_err(|source| BuildError::Device { what: "entropy device", source })?;
-        hardware.add_virtio(vm, Box::new(device))?;
-        workers.push(Box::new(worker));
-    }
-    Ok(workers)
 }
 
 fn spawn<F: FnOnce() + Send + 'static>(name: String, body: F) -> Result<thread::JoinHandle<()>, StartError> {

@@ -9,6 +9,8 @@ use devices::exit::{EXIT_PORT, ExitDevice};
 use devices::i8042::{I8042, I8042_BASE, I8042_LEN};
 use devices::serial::{COM1_BASE, COM1_GSI, SERIAL_LEN, Serial};
 use devices::virtio::VirtioDevice;
+use devices::virtio::balloon::BalloonHandle;
+use devices::virtio::blk::BlkMonitor;
 use devices::virtio::mmio::{MMIO_LEN, MmioTransport, QUEUE_NOTIFY};
 use devices::virtio::net::NetMonitor;
 use devices::{Bus, BusDevice};
@@ -25,6 +27,8 @@ pub(super) struct Hardware {
     pub(super) serial: Arc<Mutex<Serial>>,
     virtio: Vec<Arc<Mutex<MmioTransport>>>,
     nics: Vec<NetMonitor>,
+    disks: Vec<BlkMonitor>,
+    balloon: Option<BalloonHandle>,
 }
 
 impl Hardware {
@@ -41,7 +45,7 @@ impl Hardware {
         put(ports, ACPI_BASE, ACPI_LEN, AcpiPower)?;
         put(ports, I8042_BASE, I8042_LEN, I8042::default())?;
         put(ports, CMOS_BASE, CMOS_LEN, Rtc::host())?;
-        Ok(Self { buses, serial, virtio: Vec::new(), nics: Vec::new() })
+        Ok(Self { buses, serial, virtio: Vec::new(), nics: Vec::new(), disks: Vec::new(), balloon: None })
     }
 
     /// Puts `device` behind the next virtio-mmio window, with its interrupt line and its doorbells.
@@ -65,6 +69,21 @@ impl Hardware {
         self.nics.push(nic);
     }
 
+    /// Lets [`Counters`] tell of a disk.
+    pub(super) fn watch_disk(&mut self, disk: BlkMonitor) {
+        self.disks.push(disk);
+    }
+
+    /// Lets [`Self::balloon`] and [`Counters`] tell of the balloon.
+    pub(super) fn watch_balloon(&mut self, balloon: BalloonHandle) {
+        self.balloon = Some(balloon);
+    }
+
+    /// The balloon, if there is one.
+    pub(super) fn balloon(&self) -> Option<BalloonHandle> {
+        self.balloon.clone()
+    }
+
     pub(super) fn counters(&self) -> Counters {
         Counters {
             unclaimed_ports: self.buses.ports.unclaimed(),
@@ -80,6 +99,8 @@ impl Hardware {
                 .iter()
                 .map(|nic| NicCounters { device: nic.totals(), port: nic.port() })
                 .collect(),
+            disks: self.disks.iter().map(BlkMonitor::totals).collect(),
+            balloon: self.balloon.as_ref().map(BalloonHandle::totals).unwrap_or_default(),
         }
     }
 }

@@ -18,6 +18,7 @@
 //! machine is left; only a sink of serial output that blocks keeps the thread that waits for it.
 
 mod builder;
+mod devices;
 mod error;
 mod events;
 mod exit;

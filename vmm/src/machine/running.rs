@@ -4,6 +4,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
+use devices::virtio::balloon::{BalloonHandle, BalloonTotals};
+use devices::virtio::blk::BlkTotals;
 use devices::virtio::net::NetTotals;
 
 use super::exit::{End, ExitReason};
@@ -22,6 +24,10 @@ pub struct Counters {
     pub virtio_interrupts: Vec<u64>,
     /// What each network interface and its port have counted, in order.
     pub nics: Vec<NicCounters>,
+    /// What each disk has counted, in order.
+    pub disks: Vec<BlkTotals>,
+    /// What the balloon has counted; nothing without one.
+    pub balloon: BalloonTotals,
 }
 
 /// Both sides of a network interface.
@@ -117,6 +123,11 @@ impl Running {
     /// What the devices have seen so far.
     pub fn counters(&self) -> Counters {
         self.hardware.counters()
+    }
+
+    /// The machine's balloon, if it was built with one.
+    pub fn balloon(&self) -> Option<BalloonHandle> {
+        self.hardware.balloon()
     }
 
     fn join(&mut self) {

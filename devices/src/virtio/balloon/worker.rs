@@ -1,0 +1,220 @@
+//! The I/O thread's half of the balloon.
+//!
+//! Every event leads to the same turn: go on with the chain that is under way, else take the next one, deflating first, since a guest
+//! that deflates is short of memory. A chain becomes a list of pages; the list is worked off within the turn's budget, and the
+//! chain is returned when nothing of it is left.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use vm_memory::VolatileSlice;
+
+use super::release::Pages;
+use super::{DEFLATE, INFLATE, PAGE, Shared};
+use crate::virtio::{Direction, Interrupt, Memory, QueueError, Ring};
+
+/// Most bytes that are given back in a turn: a few milliseconds of the host's kernel.
+pub const TURN_BYTES: u64 = 16 << 20;
+/// Most separate ranges that are given back in a turn, and most chains that are answered.
+pub const TURN_PAGES: usize = 512;
+/// Most page numbers that are read of one chain.
+pub const MAX_NUMBERS: usize = 4096;
+
+/// The third ring, whatever number the driver knows it by.
+const REPORT: usize = 2;
+/// Deflate first.
+const ORDER: [usize; 3] = [DEFLATE, INFLATE, REPORT];
+
+/// The queues between activation and reset.
+pub(super) struct Active {
+    memory: Memory,
+    pub(super) interrupt: Arc<Interrupt>,
+    rings: [Option<Ring>; 3],
+    /// The chain under way.
+    current: Option<Chain>,
+}
+
+/// A chain that has not been returned.
+struct Chain {
+    ring: usize,
+    head: u16,
+    left: VecDeque<Pages>,
+}
+
+impl Active {
+    pub(super) fn new(memory: Memory, interrupt: Arc<Interrupt>, rings: [Option<Ring>; 3]) -> Self {
+        Self { memory, interrupt, rings, current: None }
+    }
+}
+
+/// The data path of a balloon, to be added to the event manager of the I/O thread.
+pub struct BalloonWorker {
+    shared: Arc<Shared>,
+}
+
+impl BalloonWorker {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared }
+    }
+
+    fn turn(&mut self) {
+        let mut guard = self.shared.lock();
+        let Some(active) = guard.as_mut() else { return };
+        match serve(active, &self.shared) {
+            Ok(false) => {}
+            Ok(true) => self.shared.wake_worker(),
+            Err(error) => {
+                if self.shared.broken.first() {
+                    tracing::warn!(%error, "the balloon stops until its driver resets it");
+                }
+                active.interrupt.needs_reset();
+                *guard = None;
+            }
+        }
+    }
+}
+
+impl MutEventSubscriber for BalloonWorker {
+    fn init(&mut self, ops: &mut EventOps) {
+        for (token, fd) in (0..).zip(&self.shared.kicks) {
+            if let Err(error) = ops.add(Events::with_data(fd, token, EventSet::IN)) {
+                tracing::error!(%error, "the balloon can't be polled and will not work");
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        if let Some(kick) = self.shared.kicks.get(events.data() as usize) {
+            let _ = kick.read();
+        }
+        self.turn();
+    }
+}
+
+/// A turn. True when it ended with its budget.
+fn serve(active: &mut Active, shared: &Shared) -> Result<bool, QueueError> {
+    let memory = Arc::clone(&active.memory);
+    let (mut bytes, mut steps) = (TURN_BYTES, TURN_PAGES);
+    let more = loop {
+        if bytes == 0 || steps == 0 {
+            break true;
+        }
+        steps -= 1;
+        let Some(chain) = &mut active.current else {
+            match next_chain(active, shared)? {
+                Some(chain) => active.current = Some(chain),
+                None => break false,
+            }
+            continue;
+        };
+        match chain.left.pop_front() {
+            Some(pages) => {
+                let (now, later) = pages.split(bytes);
+                if let Some(later) = later {
+                    chain.left.push_front(later);
+                }
+                bytes -= now.bytes();
+                give_back(&memory, &now, chain.ring, shared);
+            }
+            None => {
+                let (ring, head) = (chain.ring, chain.head);
+                active.current = None;
+                if let Some(ring) = active.rings.get_mut(ring).and_then(Option::as_mut) {
+                    ring.add_used(&memory, head, 0)?;
+                }
+            }
+        }
+    };
+    let mut interrupt = false;
+    for ring in active.rings.iter_mut().flatten() {
+        ring.publish(&memory)?;
+        interrupt |= ring.needs_interrupt(&memory)?;
+    }
+    if interrupt {
+        active.interrupt.used();
+    }
+    Ok(more)
+}
+
+fn give_back(memory: &Memory, pages: &Pages, ring: usize, shared: &Shared) {
+    match pages.release(memory) {
+        Ok(true) => {
+            let counter = if ring == REPORT { &shared.reported } else { &shared.inflated };
+            counter.fetch_add(pages.bytes(), Ordering::Relaxed);
+        }
+        Ok(false) => {}
+        Err(error) => {
+            if shared.failed.first() {
+                tracing::warn!(%error, "the host does not take free memory back; it stays with the machine");
+            }
+        }
+    }
+}
+
+/// The next chain of any queue; `None` when kicks will tell of more.
+fn next_chain(active: &mut Active, shared: &Shared) -> Result<Option<Chain>, QueueError> {
+    let memory = Arc::clone(&active.memory);
+    for index in ORDER {
+        let Some(ring) = active.rings.get_mut(index).and_then(Option::as_mut) else { continue };
+        loop {
+            if let Some(chain) = ring.pop(&memory)? {
+                let head = chain.head_index();
+                let direction = if index == REPORT { Direction::Writable } else { Direction::Readable };
+                let mut pieces = Vec::new();
+                Ring::collect(&memory, chain, direction, &mut pieces)?;
+                let left = match index {
+                    REPORT => reported(&memory, &pieces),
+                    INFLATE => inflated(&memory, &pieces, shared),
+                    // The guest's next touch brings a page back; there is nothing to be done.
+                    _ => VecDeque::new(),
+                };
+                return Ok(Some(Chain { ring: index, head, left }));
+            }
+            if !ring.arm(&memory, ring.position())? {
+                break;
+            }
+            ring.disarm(&memory)?;
+        }
+    }
+    Ok(None)
+}
+
+/// A chain of free memory.
+fn reported(memory: &Memory, pieces: &[VolatileSlice<'_>]) -> VecDeque<Pages> {
+    pieces.iter().filter_map(|piece| Pages::within(memory, piece)).collect()
+}
+
+/// A chain of page numbers, 32 bits each. Neighbours are joined.
+fn inflated(memory: &Memory, pieces: &[VolatileSlice<'_>], shared: &Shared) -> VecDeque<Pages> {
+    const NUMBER: usize = size_of::<u32>();
+    let total: usize = pieces.iter().map(VolatileSlice::len).fold(0, usize::saturating_add);
+    let mut bytes = vec![0; total.min(MAX_NUMBERS * NUMBER)];
+    let mut filled = 0;
+    for piece in pieces {
+        filled += piece.copy_to(bytes.get_mut(filled..).unwrap_or_default());
+    }
+    let refuse = |what: &str| {
+        if shared.refused.first() {
+            tracing::warn!(what, "a balloon's pages are refused; further ones are counted");
+        }
+    };
+    if total > bytes.len() {
+        refuse("a chain with too many page numbers");
+    }
+    let mut left: VecDeque<Pages> = VecDeque::new();
+    for number in bytes.as_chunks::<NUMBER>().0 {
+        let Some(page) = Pages::numbered(memory, u32::from_le_bytes(*number)) else {
+            refuse("a page outside of memory");
+            continue;
+        };
+        let rest = match left.back_mut() {
+            Some(last) => last.join(page),
+            None => Some(page),
+        };
+        left.extend(rest);
+    }
+    debug_assert!(left.iter().all(|pages| pages.bytes().is_multiple_of(PAGE)));
+    left
+}

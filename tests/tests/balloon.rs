@@ -1,0 +1,44 @@
+//! Memory that a stock guest has freed comes back to its host.
+
+use guest_images::Store;
+use pontoon_tests::{Pontoon, have_lab, skip};
+
+/// Runs on the emulated host: a guest fills 150 MiB and frees them; the pages of the machine's memory are counted until they are
+/// 100 MiB fewer than they were, for at most two minutes.
+const SCRIPT: &str = r#"
+pontoon run debian --accel kvm --memory 512M --net none --timeout 170 -- \
+    sh -c 'dd if=/dev/zero of=/full bs=1M count=150; rm /full; echo freed; sleep 160' >/lab/console 2>&1 &
+pid=$!
+high=0 now=0 n=0
+while [ $n -lt 120 ]; do
+    for fd in /proc/$pid/fd/*; do
+        case $(readlink $fd) in *guest-ram*) now=$(($(stat -L -c %b $fd) / 2048));; esac
+    done
+    [ $now -gt $high ] && high=$now
+    if [ $high -gt 150 ] && [ $((high - now)) -gt 100 ]; then
+        echo "fell from $high to $now MiB"
+        kill $pid
+        exit 0
+    fi
+    sleep 1
+    n=$((n + 1))
+done
+echo "stayed at $now MiB of $high"
+cat /lab/console
+exit 1
+"#;
+
+#[test]
+fn a_guest_that_frees_memory_gives_it_back_to_the_host() {
+    let images = match Store::open_default() {
+        Ok(store) if store.get("debian").is_ok() => store.images_dir(),
+        _ => return skip("the image is not built: pontoon image build debian"),
+    };
+    if !have_lab() {
+        return;
+    }
+    let put = format!("{}:/root/.cache/pontoon/images", images.display());
+    let output = Pontoon::new(["lab", "--timeout", "200", "--put", &put, "--", "sh", "-c", SCRIPT]).output();
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(0), "stdout:\n{out}\nstderr:\n{err}");
+}
