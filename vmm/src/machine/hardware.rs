@@ -13,6 +13,7 @@ use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::blk::BlkMonitor;
 use devices::virtio::mmio::{MMIO_LEN, MmioTransport, QUEUE_NOTIFY};
 use devices::virtio::net::NetMonitor;
+use devices::virtio::vsock::VsockMonitor;
 use devices::{Bus, BusDevice};
 
 use super::error::BuildError;
@@ -29,6 +30,7 @@ pub(super) struct Hardware {
     nics: Vec<NetMonitor>,
     disks: Vec<BlkMonitor>,
     balloon: Option<BalloonHandle>,
+    vsock: Option<VsockMonitor>,
 }
 
 impl Hardware {
@@ -45,7 +47,15 @@ impl Hardware {
         put(ports, ACPI_BASE, ACPI_LEN, AcpiPower)?;
         put(ports, I8042_BASE, I8042_LEN, I8042::default())?;
         put(ports, CMOS_BASE, CMOS_LEN, Rtc::host())?;
-        Ok(Self { buses, serial, virtio: Vec::new(), nics: Vec::new(), disks: Vec::new(), balloon: None })
+        Ok(Self {
+            buses,
+            serial,
+            virtio: Vec::new(),
+            nics: Vec::new(),
+            disks: Vec::new(),
+            balloon: None,
+            vsock: None,
+        })
     }
 
     /// Puts `device` behind the next virtio-mmio window, with its interrupt line and its doorbells.
@@ -84,6 +94,11 @@ impl Hardware {
         self.balloon.clone()
     }
 
+    /// Lets [`Counters`] tell of the vsock device.
+    pub(super) fn watch_vsock(&mut self, vsock: VsockMonitor) {
+        self.vsock = Some(vsock);
+    }
+
     pub(super) fn counters(&self) -> Counters {
         Counters {
             unclaimed_ports: self.buses.ports.unclaimed(),
@@ -101,6 +116,7 @@ impl Hardware {
                 .collect(),
             disks: self.disks.iter().map(BlkMonitor::totals).collect(),
             balloon: self.balloon.as_ref().map(BalloonHandle::totals).unwrap_or_default(),
+            vsock: self.vsock.as_ref().map(VsockMonitor::totals),
         }
     }
 }

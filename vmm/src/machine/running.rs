@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use devices::virtio::balloon::{BalloonHandle, BalloonTotals};
 use devices::virtio::blk::BlkTotals;
 use devices::virtio::net::NetTotals;
+use devices::virtio::vsock::VsockTotals;
 
 use super::exit::{End, ExitReason};
 use super::hardware::Hardware;
@@ -28,6 +29,8 @@ pub struct Counters {
     pub disks: Vec<BlkTotals>,
     /// What the balloon has counted; nothing without one.
     pub balloon: BalloonTotals,
+    /// What the vsock device has counted, if there is one.
+    pub vsock: Option<VsockTotals>,
 }
 
 /// Both sides of a network interface.

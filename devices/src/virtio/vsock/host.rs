@@ -70,6 +70,10 @@ fn reserve() -> Option<OwnedFd> {
 impl Listener {
     /// Listens on `path`.
     pub(super) fn bind(path: &Path) -> Result<Self, VsockError> {
+        // The process may change its working directory before it connects to PATH_<port>, or removes the file.
+        let absolute =
+            std::path::absolute(path).map_err(|source| VsockError::Listen { path: path.into(), source })?;
+        let path = absolute.as_path();
         let len = path.as_os_str().len();
         if len > MAX_PATH {
             return Err(VsockError::PathTooLong { path: path.into(), len });
@@ -261,6 +265,18 @@ mod tests {
         ] {
             assert_eq!(parse_line(line.as_bytes()), port, "{line:?}");
         }
+    }
+
+    #[test]
+    fn a_relative_path_is_the_same_after_a_change_of_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let up = "../".repeat(std::env::current_dir().unwrap().components().count() - 1);
+        let relative = format!("{up}{}", dir.path().strip_prefix("/").unwrap().join("v").display());
+        let listener = Listener::bind(Path::new(&relative)).unwrap();
+        assert!(listener.path.is_absolute());
+        UnixStream::connect(dir.path().join("v")).unwrap();
+        drop(listener);
+        assert!(!dir.path().join("v").exists());
     }
 
     #[test]

@@ -109,26 +109,26 @@ impl Table {
         self.resets.clear();
     }
 
-    /// Takes the connection into the table; hangs up on it when the table is full.
-    fn insert(&mut self, connection: Connection) -> Result<u16, Refusal> {
+    /// A slot for one more connection.
+    fn find_room(&mut self) -> Result<usize, Refusal> {
+        if let Some(free) = self.slots.iter().position(Option::is_none) {
+            return Ok(free);
+        }
+        if self.slots.len() < MAX_CONNECTIONS {
+            self.slots.push(None);
+            return Ok(self.slots.len() - 1);
+        }
         let is_closing = |slot: &Option<Box<Connection>>| slot.as_ref().is_some_and(|it| it.is_closing());
-        let free = match self.slots.iter().position(Option::is_none) {
-            Some(free) => free,
-            None if self.slots.len() < MAX_CONNECTIONS => {
-                self.slots.push(None);
-                self.slots.len() - 1
-            }
-            None => match self.slots.iter().position(is_closing) {
-                Some(closing) => {
-                    self.free(closing as u16);
-                    closing
-                }
-                None => return Err(Refusal::TableFull),
-            },
-        };
-        self.slots[free] = Some(Box::new(connection));
+        let closing = self.slots.iter().position(is_closing).ok_or(Refusal::TableFull)?;
+        self.free(closing as u16);
+        Ok(closing)
+    }
+
+    /// Puts the connection into a slot that [`Self::find_room`] found.
+    fn insert(&mut self, slot: usize, connection: Connection) -> u16 {
+        self.slots[slot] = Some(Box::new(connection));
         self.open += 1;
-        Ok(free as u16)
+        slot as u16
     }
 
     /// Ends a connection.
@@ -168,9 +168,12 @@ impl Table {
 
     /// A client has connected.
     pub(super) fn client(&mut self, socket: OwnedFd, counters: &VsockCounters) {
-        match self.insert(Connection::client(socket)) {
-            // Its line may have come with it.
-            Ok(slot) => self.host_event(slot, EventSet::IN, counters),
+        match self.find_room() {
+            Ok(room) => {
+                let slot = self.insert(room, Connection::client(socket));
+                // Its line may have come with it.
+                self.host_event(slot, EventSet::IN, counters);
+            }
             Err(why) => counters.refuse(why),
         }
     }
@@ -309,14 +312,16 @@ impl Table {
     }
 
     fn guest_request(&mut self, header: &Header, key: Key, listener: &Listener, counters: &VsockCounters) {
-        let connected = listener.connect(header.dst_port).map_err(|why| match why {
-            Unreachable::Refused => Refusal::NobodyListens,
-            Unreachable::PathTooLong => Refusal::PathTooLong,
-            Unreachable::NoResources => Refusal::NoResources,
-        });
-        let inserted = connected.and_then(|socket| self.insert(Connection::accepted(socket, key, header)));
-        match inserted {
-            Ok(slot) => {
+        let connect = || {
+            listener.connect(header.dst_port).map_err(|why| match why {
+                Unreachable::Refused => Refusal::NobodyListens,
+                Unreachable::PathTooLong => Refusal::PathTooLong,
+                Unreachable::NoResources => Refusal::NoResources,
+            })
+        };
+        match self.find_room().and_then(|room| connect().map(|socket| (room, socket))) {
+            Ok((room, socket)) => {
+                let slot = self.insert(room, Connection::accepted(socket, key, header));
                 self.by_key.insert(key, slot);
                 counters.opened();
                 self.update(slot);

@@ -17,6 +17,7 @@ mod connect;
 mod credit;
 mod hostile;
 mod life;
+mod soak;
 mod streams;
 
 /// Bytes of a receive buffer, header included: as Linux has it.

@@ -4,21 +4,24 @@ use super::*;
 use proptest::prelude::*;
 
 /// What the guest's end of a connection knows: its own credit, and the device's.
-struct End {
-    key: Key,
+pub(super) struct End {
+    pub(super) key: Key,
     /// Bytes that this end holds at most, and what it has not forwarded.
     buf_alloc: u32,
-    received: Vec<u8>,
+    pub(super) received: Vec<u8>,
     forwarded: usize,
-    sent: usize,
+    pub(super) sent: usize,
     peer_forwarded: u32,
     peer_alloc: u32,
-    shut: bool,
-    peer_shut: bool,
+    pub(super) shut: bool,
+    /// What the device said of the host's shutting down.
+    pub(super) peer_shut: Shutdown,
+    /// The device said RST.
+    pub(super) reset: bool,
 }
 
 impl End {
-    fn new(key: Key, buf_alloc: u32) -> Self {
+    pub(super) fn new(key: Key, buf_alloc: u32) -> Self {
         Self {
             key,
             buf_alloc,
@@ -28,29 +31,33 @@ impl End {
             peer_forwarded: 0,
             peer_alloc: BUF_ALLOC,
             shut: false,
-            peer_shut: false,
+            peer_shut: Shutdown::empty(),
+            reset: false,
         }
     }
 
-    fn header(&self, lab: &Lab, op: Op) -> Header {
+    pub(super) fn header(&self, lab: &Lab, op: Op) -> Header {
         Header { buf_alloc: self.buf_alloc, fwd_cnt: self.forwarded as u32, ..lab.header(self.key, op) }
     }
 
     /// Takes the packets that came; answers questions.
-    fn take(&mut self, lab: &mut Lab, packets: &[(Header, Vec<u8>)]) {
-        for (header, payload) in packets.iter().filter(|(header, _)| header.src_port == self.key.host) {
+    pub(super) fn take(&mut self, lab: &mut Lab, packets: &[(Header, Vec<u8>)]) {
+        let key = self.key;
+        let mine = |header: &Header| (header.src_port, header.dst_port) == (key.host, key.guest);
+        for (header, payload) in packets.iter().filter(|(header, _)| mine(header)) {
             self.peer_alloc = header.buf_alloc;
             self.peer_forwarded = header.fwd_cnt;
             match Op::parse(header.op).unwrap() {
                 Op::Rw => {
-                    assert!(!self.peer_shut, "data behind the end");
+                    assert!(!self.peer_shut.contains(Shutdown::SEND), "data behind the end");
                     self.received.extend(payload);
                     assert!(
                         self.received.len() - self.forwarded <= self.buf_alloc as usize,
                         "beyond the credit"
                     );
                 }
-                Op::Shutdown => self.peer_shut |= header.flags & Shutdown::SEND.bits() != 0,
+                Op::Shutdown => self.peer_shut |= Shutdown::from_bits(header.flags).unwrap(),
+                Op::Rst => self.reset = true,
                 Op::CreditRequest => {
                     let answer = self.header(lab, Op::CreditUpdate);
                     lab.send_header(answer, &[]);
@@ -66,7 +73,7 @@ impl End {
     }
 
     /// The guest's program reads `len` bytes; the device is told.
-    fn forward(&mut self, lab: &mut Lab, len: usize) {
+    pub(super) fn forward(&mut self, lab: &mut Lab, len: usize) {
         let len = len.min(self.received.len() - self.forwarded);
         if len > 0 {
             self.forwarded += len;
@@ -76,7 +83,7 @@ impl End {
     }
 
     /// The guest's program writes up to `len` bytes of a stream of `total`, then ends it.
-    fn write(&mut self, lab: &mut Lab, len: usize, total: usize) {
+    pub(super) fn write(&mut self, lab: &mut Lab, len: usize, total: usize) {
         let len = len.min(self.credit()).min(total - self.sent);
         if len > 0 {
             let header = Header { len: len as u32, ..self.header(lab, Op::Rw) };
@@ -92,20 +99,20 @@ impl End {
 }
 
 /// The host's end.
-struct Program {
+pub(super) struct Program {
     stream: UnixStream,
-    sent: usize,
-    received: Vec<u8>,
-    shut: bool,
-    at_end: bool,
+    pub(super) sent: usize,
+    pub(super) received: Vec<u8>,
+    pub(super) shut: bool,
+    pub(super) at_end: bool,
 }
 
 impl Program {
-    fn new(stream: UnixStream) -> Self {
+    pub(super) fn new(stream: UnixStream) -> Self {
         Self { stream, sent: 0, received: Vec::new(), shut: false, at_end: false }
     }
 
-    fn write(&mut self, len: usize, total: usize) {
+    pub(super) fn write(&mut self, len: usize, total: usize) {
         let len = len.min(total - self.sent);
         if len > 0 {
             self.sent += stuff(&mut self.stream, self.sent, len);
@@ -116,7 +123,7 @@ impl Program {
         }
     }
 
-    fn read(&mut self, len: usize) {
+    pub(super) fn read(&mut self, len: usize) {
         let mut bytes = vec![0; len.max(1)];
         match self.stream.read(&mut bytes) {
             Ok(0) => self.at_end = true,
@@ -141,7 +148,7 @@ fn transfer(features: u64, buffer: usize, credit: u32, totals: (usize, usize), s
     read(&mut client);
     let (mut program, mut outstanding) = (Program::new(client), 0usize);
     let done = |end: &End, program: &Program| {
-        end.peer_shut && end.shut && program.at_end && end.received.len() == totals.1
+        end.peer_shut.contains(Shutdown::SEND) && end.shut && program.at_end && end.received.len() == totals.1
     };
     // After the given steps, everybody does what they can until all is through.
     let rest = [(0, 1 << 16), (1, 1 << 16), (2, 1 << 16), (3, 1 << 16), (4, 8)];
