@@ -53,7 +53,7 @@ impl Devices {
         }
         if let Some(path) = self.vsock {
             let (device, worker) = Vsock::new(GUEST_CID, &path)?;
-            hardware.watch_vsock(device.monitor());
+            slots.hardware.watch_vsock(device.monitor());
             slots.put(device, worker)?;
         }
         for (device, worker) in self.others {
