@@ -14,7 +14,7 @@ use net::nat::{Publish, Subnet};
 use net::tap::TapName;
 use vmm::runtime::MachineName;
 
-use super::machine_args::{ConsoleArgs, KillArgs, LogsArgs, NetInspectArgs, NetLsArgs, PsArgs, StopArgs};
+use super::machine_args::{ConsoleArgs, KillArgs, LogsArgs, NcArgs, NetInspectArgs, NetLsArgs, PsArgs, StopArgs};
 
 /// Lightweight virtual machines that are on the network the moment they boot.
 #[derive(Debug, Parser)]
@@ -55,6 +55,8 @@ pub(crate) enum Command {
     Logs(LogsArgs),
     /// Attach this terminal to a detached machine's console; ctrl-A d leaves it
     Console(ConsoleArgs),
+    /// Connect standard input and output to a TCP port of a guest behind its NAT: ssh -o ProxyCommand='pontoon nc %h %p'
+    Nc(NcArgs),
     /// Build and list guest images
     #[command(subcommand)]
     Image(ImageCommand),

@@ -44,6 +44,17 @@ pub(crate) struct ConsoleArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct NcArgs {
+    /// The machine's name, or its guest's address
+    #[arg(value_name = "NAME")]
+    pub(crate) guest: String,
+
+    /// The guest's TCP port
+    #[arg(value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) port: u16,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct NetInspectArgs {
     /// The machine's name
     #[arg(value_name = "NAME")]

@@ -10,7 +10,7 @@ use vmm::runtime::{CONTROL_SOCKET, Condition, Entry, MachineName, Process, Runti
 
 use super::machine_args::{KillArgs, PsArgs, StopArgs};
 use super::registry::failure;
-use super::{Failure, output};
+use super::{Failure, netinfo, output};
 
 /// How long a machine may take to tell what it is doing.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -40,12 +40,6 @@ fn ask(entry: &Entry) -> Option<Status> {
     Client::connect_within(&entry.file(CONTROL_SOCKET), PATIENCE).and_then(|mut client| client.status()).ok()
 }
 
-/// The address that the NAT gave to the machine's own NIC.
-fn address(entry: &Entry, status: Option<&Status>) -> Option<String> {
-    let mac = entry.state().ok()?.mac.as_ref()?;
-    Some(status?.leases.iter().find(|lease| lease.mac == *mac)?.address.to_string())
-}
-
 fn describe(entry: &Entry, status: Option<&Status>) -> Value {
     let mut object = match entry.state() {
         Ok(state) => serde_json::to_value(state).unwrap_or_default(),
@@ -54,7 +48,7 @@ fn describe(entry: &Entry, status: Option<&Status>) -> Value {
     object["name"] = json!(entry.name());
     object["state"] = json!(entry.condition().as_str());
     object["uptime_s"] = json!(uptime(entry, status).map(|up| up.as_secs()));
-    object["address"] = json!(address(entry, status));
+    object["address"] = json!(netinfo::address(entry, status));
     object["folder"] = json!(entry.folder());
     object
 }
@@ -75,7 +69,7 @@ fn row(entry: &Entry, status: Option<&Status>) -> Vec<String> {
         name,
         condition,
         image.unwrap_or_default(),
-        address(entry, status).unwrap_or_default(),
+        netinfo::address(entry, status).unwrap_or_default(),
         state.published.join(" "),
         format!("{}M", state.memory >> 20),
         uptime(entry, status).map(words).unwrap_or_default(),

@@ -15,6 +15,7 @@ mod lab;
 mod logs;
 mod machine_args;
 mod machines;
+mod nc;
 mod netinfo;
 mod network;
 mod output;
@@ -70,6 +71,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Kill(args) => machines::kill(&args),
         Command::Stop(args) => machines::stop(&args),
         Command::Console(args) => console::console(&args),
+        Command::Nc(args) => nc::nc(&args),
         Command::Logs(args) => logs::logs(&args),
         Command::Image(command) => image::image(command),
         Command::Net(command) => attach::net(command),

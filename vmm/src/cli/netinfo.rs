@@ -5,16 +5,19 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::anyhow;
 use serde_json::{Value, json};
-use vmm::runtime::control::Status;
-use vmm::runtime::{Entry, Runtime, State};
+use vmm::runtime::control::{Client, Flow, Status};
+use vmm::runtime::{CONTROL_SOCKET, Entry, Runtime, State};
 
 use super::machine_args::{NetInspectArgs, NetLsArgs};
 use super::registry::failure;
 use super::{Failure, output};
 
+/// How long the network may take to tell its connections.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// The one kind of NIC that there is.
 const MODEL: &str = "virtio";
 
@@ -22,11 +25,14 @@ pub(crate) fn inspect(args: &NetInspectArgs) -> Result<u8, Failure> {
     let entry = Runtime::open().and_then(|runtime| runtime.find_alive(&args.name)).map_err(failure)?;
     let state = entry.state().map_err(|error| Failure::machine(anyhow!("{}: {error}", args.name)))?;
     let status = ask(&entry);
+    // A guest that has not started its NIC has no connections, and its network does not answer.
+    let asked = Client::connect_within(&entry.file(CONTROL_SOCKET), PATIENCE);
+    let flows = asked.and_then(|mut client| client.flows()).unwrap_or_default();
     if args.json {
-        output::json(&describe(state, status.as_ref()));
-        return Ok(0);
+        output::json(&describe(state, status.as_ref(), &flows));
+    } else {
+        print(state, status.as_ref(), &flows);
     }
-    print(state, status.as_ref());
     Ok(0)
 }
 
@@ -43,6 +49,12 @@ pub(crate) fn ask(entry: &Entry) -> Option<Status> {
     }
 }
 
+/// The address that the NAT gave to the machine's own NIC.
+pub(crate) fn address(entry: &Entry, status: Option<&Status>) -> Option<String> {
+    let mac = entry.state().ok()?.mac.as_ref()?;
+    Some(status?.leases.iter().find(|lease| lease.mac == *mac)?.address.to_string())
+}
+
 /// `nat` or `bridge`, as virsh calls them, and its name.
 fn kind_and_source(state: &State) -> (&'static str, String) {
     match state.net.split_once(':') {
@@ -51,7 +63,7 @@ fn kind_and_source(state: &State) -> (&'static str, String) {
     }
 }
 
-fn describe(state: &State, status: Option<&Status>) -> Value {
+fn describe(state: &State, status: Option<&Status>, flows: &[Flow]) -> Value {
     let (kind, source) = kind_and_source(state);
     let interfaces: Vec<_> = state
         .mac
@@ -67,11 +79,11 @@ fn describe(state: &State, status: Option<&Status>) -> Value {
         "name": state.name, "net": state.net, "subnet": state.subnet, "published": state.published,
         "interfaces": interfaces,
         "leases": status.map(|status| &status.leases),
-        "flows": status.map(|status| &status.flows),
+        "flows": flows,
     })
 }
 
-fn print(state: &State, status: Option<&Status>) {
+fn print(state: &State, status: Option<&Status>, flows: &[Flow]) {
     let Some(mac) = &state.mac else {
         output::line(&format!("{} has no network interface (--net none)", state.name));
         return;
@@ -111,10 +123,9 @@ fn print(state: &State, status: Option<&Status>) {
             output::line(&format!("refused: {}", output::cell(reasons.join(", "))));
         }
     }
-    if !status.flows.is_empty() {
+    if !flows.is_empty() {
         output::line("");
-        let rows: Vec<_> = status
-            .flows
+        let rows: Vec<_> = flows
             .iter()
             .map(|flow| {
                 [flow.guest.clone(), flow.world.clone(), flow.state.clone()].map(output::cell).to_vec()

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, anyhow};
 use net::bridge::{self, BridgeError};
-use net::nat::{self, Nat, NatConfig, NatError, Publish, PublishProtocol, Subnet};
+use net::nat::{self, Nat, NatConfig, NatError, NatHandle, Publish, PublishProtocol, Subnet};
 use net::pcap::{PcapPort, SNAPLEN_ALL};
 use net::tap::{TapError, TapName, TapPort};
 use net::{FramePort, MacAddr};
@@ -21,6 +21,8 @@ pub(crate) struct Network {
     pub(crate) network: Option<String>,
     /// The host's interface: the TAP.
     pub(crate) interface: Option<String>,
+    /// The door of the NAT.
+    pub(crate) handle: Option<NatHandle>,
     /// The published ports, once the host has chosen those that were given as 0.
     pub(crate) published: Vec<String>,
 }
@@ -28,7 +30,7 @@ pub(crate) struct Network {
 impl Network {
     fn new(nic: Nic) -> Self {
         let mac = Some(nic.mac);
-        Self { nic: Some(nic), mac, network: None, interface: None, published: Vec::new() }
+        Self { nic: Some(nic), mac, network: None, interface: None, handle: None, published: Vec::new() }
     }
 }
 
@@ -46,7 +48,7 @@ pub(crate) fn plug(args: &RunArgs) -> Result<Network, Failure> {
             if args.pcap.is_some() || args.mac.is_some() {
                 return Err(Failure::usage(anyhow!("--pcap and --mac need a NIC; leave out --net none")));
             }
-            Ok(Network { nic: None, mac: None, network: None, interface: None, published: Vec::new() })
+            Ok(Network { nic: None, mac: None, network: None, interface: None, handle: None, published: Vec::new() })
         }
         NetSpec::Tap(name) => {
             let port = tap(name)?;
@@ -57,7 +59,8 @@ pub(crate) fn plug(args: &RunArgs) -> Result<Network, Failure> {
             let mut nat = nat(args)?;
             let network = Some(nat.config().subnet.to_string());
             let published = published(&mut nat);
-            Ok(Network { network, published, ..Network::new(capture(args, mac, nat)?) })
+            let handle = nat.handle().context("making the NAT's door").map_err(Failure::machine)?;
+            Ok(Network { network, published, handle: Some(handle), ..Network::new(capture(args, mac, nat)?) })
         }
     }
 }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, anyhow};
 use net::MacAddr;
+use net::nat::NatHandle;
 use vmm::machine::MachineBuilder;
 use vmm::runtime::control::{Console, Control, ControlError};
 use vmm::runtime::{
@@ -95,6 +96,7 @@ impl Registered {
         &self,
         builder: MachineBuilder,
         console: Option<Console>,
+        nat: Option<NatHandle>,
     ) -> Result<MachineBuilder, Failure> {
         let Some(claim) = &self.claim else { return Ok(builder) };
         let path = claim.file(CONTROL_SOCKET);
@@ -109,6 +111,10 @@ impl Registered {
         };
         let control = match console {
             Some(console) => control.console(console),
+            None => control,
+        };
+        let control = match nat {
+            Some(nat) => control.nat(nat).context("making the control socket").map_err(Failure::machine)?,
             None => control,
         };
         Ok(builder.worker(move |remote| control.serve(remote)))

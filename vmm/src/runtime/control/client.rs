@@ -13,7 +13,7 @@ use rustix::net::{
 };
 use serde_json::Value;
 
-use super::protocol::{Request, Status};
+use super::protocol::{Flow, Request, Status};
 
 /// How long a machine may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -77,6 +77,15 @@ impl Client {
     pub fn status(&mut self) -> Result<Status, ControlError> {
         let answer = self.ask(&Request::Status)?;
         Status::deserialize_from(answer["status"].clone())
+    }
+
+    /// Asks for the TCP connections through the machine's NAT.
+    ///
+    /// # Errors
+    /// [`ControlError`]; it does not answer while the guest has not started its NIC.
+    pub fn flows(&mut self) -> Result<Vec<Flow>, ControlError> {
+        let answer = self.ask(&Request::Flows)?;
+        serde_json::from_value(answer["flows"].clone()).map_err(|e| ControlError::Malformed(e.to_string()))
     }
 
     /// Presses the machine's power button. It is the guest's to do something about it.

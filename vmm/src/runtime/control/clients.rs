@@ -1,6 +1,7 @@
 //! One client of the control socket: what it may still send, and what it has still to read.
 
 use std::io::{self, Read, Write};
+use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 
@@ -20,6 +21,15 @@ pub(super) enum Role {
     Asking {
         /// What came since the last whole line.
         line: Vec<u8>,
+    },
+    /// It is to become a connection into the guest.
+    Joining {
+        /// The guest, if it said which.
+        guest: Option<Ipv4Addr>,
+        /// The guest's port.
+        port: u16,
+        /// What it sent without waiting for the answer.
+        early: bool,
     },
     /// It reads the console.
     Watching {
@@ -47,7 +57,11 @@ pub(super) struct Client {
     pub(super) role: Role,
     /// What it has still to read before anything else.
     pub(super) answer: Vec<u8>,
-    /// It goes when it has read that.
+    /// Which one it is: a number that no other client of this machine gets.
+    pub(super) id: u64,
+    /// Its question is with somebody else.
+    pub(super) waits: bool,
+    /// It goes when it has read its answer.
     pub(super) leaving: bool,
     /// Its socket is full.
     blocked: bool,
@@ -58,11 +72,14 @@ pub(super) struct Client {
 }
 
 impl Client {
+    /// `now` counts what clients do.
     pub(super) fn new(stream: UnixStream, now: u64) -> Self {
         Self {
             stream,
             role: Role::Asking { line: Vec::new() },
             answer: Vec::new(),
+            id: now,
+            waits: false,
             leaving: false,
             blocked: false,
             polled: EventSet::IN,
@@ -78,7 +95,8 @@ impl Client {
     pub(super) fn wanted(&self) -> EventSet {
         let mut wanted = EventSet::empty();
         let takes = match &self.role {
-            Role::Asking { .. } => self.answer.is_empty() && !self.leaving,
+            Role::Asking { .. } => self.answer.is_empty() && !self.leaving && !self.waits,
+            Role::Joining { .. } => false,
             Role::Watching { typed, done, .. } => typed.is_empty() && !done,
         };
         wanted.set(EventSet::IN, takes);

@@ -15,6 +15,7 @@
 
 mod client;
 mod clients;
+mod flows;
 mod protocol;
 mod server;
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! What is asked and answered.
 
 use std::net::Ipv4Addr;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
@@ -12,6 +13,9 @@ use crate::machine::{Counters, NicCounters};
 pub enum Request {
     /// What the machine is doing: a [`Status`].
     Status,
+    /// The TCP connections through the NAT, at most 256: a list of [`Flow`]. Answered when the network is next served; never, while
+    /// the guest has not started its NIC.
+    Flows,
     /// Press the power button: the guest is asked to shut down.
     PowerButton,
     /// End the machine at once.
@@ -42,8 +46,6 @@ pub struct Status {
     pub nics: Vec<Nic>,
     /// DHCP leases of its NAT.
     pub leases: Vec<Lease>,
-    /// TCP connections through its NAT, at most 256.
-    pub flows: Vec<Flow>,
     /// Who is attached to the console.
     pub consoles: usize,
     /// Bytes of console output that were lost.
@@ -97,6 +99,17 @@ pub struct Flow {
     /// How far it is.
     #[serde(default)]
     pub state: String,
+}
+
+impl From<&net::nat::Lease> for Lease {
+    fn from(lease: &net::nat::Lease) -> Self {
+        Self {
+            address: lease.address,
+            mac: lease.mac.to_string(),
+            name: lease.name.clone(),
+            expires_s: lease.until.saturating_duration_since(Instant::now()).as_secs(),
+        }
+    }
 }
 
 impl From<&NicCounters> for Nic {

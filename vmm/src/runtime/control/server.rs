@@ -2,21 +2,26 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
+use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Instant;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use net::nat::NatHandle;
 use rustix::pipe::{PipeFlags, pipe_with};
 use serde_json::{Value, json};
 
 use super::super::scrollback::Scrollback;
 use super::CLIENTS_MAX;
 use super::clients::{Client, Fate, Role};
-use super::protocol::{Request, Status};
+use super::flows::Mailbox;
+use super::protocol::{Lease, Request, Status};
 use crate::machine::Remote;
 
+/// Why nobody gets into the guest.
+const NO_NAT: &str = "this machine is not behind a NAT of its own (--net nat), so it is reached by its address on the network";
 /// Connections that are taken per turn.
 const ACCEPTS: usize = 16;
 
@@ -43,6 +48,7 @@ impl Console {
 pub struct Control {
     listener: UnixListener,
     console: Option<Console>,
+    nat: Option<(NatHandle, Mailbox)>,
 }
 
 impl Control {
@@ -53,7 +59,7 @@ impl Control {
     pub fn bind(path: &Path) -> io::Result<Self> {
         let listener = UnixListener::bind(path)?;
         listener.set_nonblocking(true)?;
-        Ok(Self { listener, console: None })
+        Ok(Self { listener, console: None, nat: None })
     }
 
     /// Lets clients attach to the console.
@@ -61,6 +67,15 @@ impl Control {
     pub fn console(mut self, console: Console) -> Self {
         self.console = Some(console);
         self
+    }
+
+    /// Lets clients into the guest, and see its leases and connections.
+    ///
+    /// # Errors
+    /// When the host refuses an eventfd.
+    pub fn nat(mut self, nat: NatHandle) -> io::Result<Self> {
+        self.nat = Some((nat, Mailbox::new()?));
+        Ok(self)
     }
 
     /// The worker, for [`MachineBuilder::worker`](crate::machine::MachineBuilder::worker).
@@ -82,6 +97,8 @@ impl Control {
 enum Then {
     Answer(Value),
     Attach { write: bool },
+    Join { guest: Option<Ipv4Addr>, port: u16 },
+    AskNetwork,
 }
 
 struct Server {
@@ -183,6 +200,9 @@ impl Server {
         if events.contains(EventSet::IN) {
             fate = self.hear(fd);
         }
+        if self.clients.get(&fd).is_some_and(|client| matches!(client.role, Role::Joining { .. })) {
+            return self.join(fd, ops);
+        }
         if fate == Fate::Stays {
             fate = self.give(fd);
         }
@@ -196,11 +216,13 @@ impl Server {
     fn hear(&mut self, fd: RawFd) -> Fate {
         loop {
             let Some(client) = self.clients.get_mut(&fd) else { return Fate::Leaves };
-            if matches!(client.role, Role::Watching { .. }) {
-                return client.take_typed();
+            match client.role {
+                Role::Watching { .. } => return client.take_typed(),
+                Role::Joining { .. } => return Fate::Stays,
+                Role::Asking { .. } => {}
             }
             // One unread answer is all that a client may have.
-            if !client.answer.is_empty() || client.leaving {
+            if !client.answer.is_empty() || client.leaving || client.waits {
                 return Fate::Stays;
             }
             match client.next_line() {
@@ -230,6 +252,17 @@ impl Server {
         client.last_asked = now;
         match (then, &self.control.console) {
             (Then::Answer(value), _) => client.answer = line(&value),
+            (Then::Join { guest, port }, _) => {
+                let early = matches!(&client.role, Role::Asking { line } if !line.is_empty());
+                client.role = Role::Joining { guest, port, early };
+            }
+            (Then::AskNetwork, _) => match &self.control.nat {
+                Some((nat, mailbox)) => {
+                    client.waits = true;
+                    mailbox.ask(nat, client.id);
+                }
+                None => client.answer = line(&refusal(NO_NAT)),
+            },
             (Then::Attach { .. }, None) => {
                 client.answer = line(&refusal("its console is the terminal where it was started"));
             }
@@ -237,7 +270,7 @@ impl Server {
                 client.answer = line(&json!({ "ok": true, "writer": writer }));
                 let rest = match &mut client.role {
                     Role::Asking { line } => std::mem::take(line),
-                    Role::Watching { .. } => Vec::new(),
+                    Role::Watching { .. } | Role::Joining { .. } => Vec::new(),
                 };
                 let typed = if writer { rest } else { Vec::new() };
                 client.role = Role::Watching { at: console.scrollback.start(), writer, typed, done: false };
@@ -257,8 +290,12 @@ impl Server {
                 Then::Answer(json!({ "ok": true }))
             }
             Request::Console { write } => Then::Attach { write: *write },
-            Request::PowerButton => Then::Answer(refusal("this machine has no power button")),
-            Request::Connect { .. } => Then::Answer(refusal("this machine's network takes no connections")),
+            Request::PowerButton => {
+                self.remote.power_button();
+                Then::Answer(json!({ "ok": true }))
+            }
+            Request::Connect { port, guest } => Then::Join { guest: *guest, port: *port },
+            Request::Flows => Then::AskNetwork,
         }
     }
 
@@ -266,9 +303,51 @@ impl Server {
         let status = Status {
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             consoles: self.watchers(),
+            leases: self.leases(),
             ..self.remote.counters().as_ref().map(Status::from).unwrap_or_default()
         };
         json!({ "ok": true, "status": status })
+    }
+
+    fn leases(&self) -> Vec<Lease> {
+        let leases = self.control.nat.as_ref().map(|(nat, _)| nat.leases()).unwrap_or_default();
+        leases.iter().map(Lease::from).collect()
+    }
+
+    /// Makes a client's connection one into the guest: it is the network's from then on.
+    fn join(&mut self, fd: RawFd, ops: &mut EventOps<'_>) {
+        let Some(client) = self.clients.remove(&fd) else { return };
+        let _ = ops.remove(Events::new(&fd, client.polled));
+        self.after_leaving(ops);
+        let Role::Joining { guest, port, early } = client.role else { return };
+        // Through this one the answer is given, once it is known; the network is served in a later turn, so that the
+        // guest's first bytes come behind it.
+        let Ok(teller) = client.stream.try_clone() else { return };
+        let joined = match &self.control.nat {
+            _ if early => Err("wait for the answer before anything else is sent".to_owned()),
+            None => Err(NO_NAT.to_owned()),
+            Some((nat, _)) => nat.connect(guest, port, client.stream.into()).map_err(|error| error.to_string()),
+        };
+        let answer = joined.map_or_else(|why| refusal(&why), |()| json!({ "ok": true }));
+        // A socket whose client has read every answer has room for this one.
+        let _ = (&teller).write(&line(&answer));
+    }
+
+    /// Passes on what the network has answered.
+    fn deliver(&mut self, ops: &mut EventOps<'_>) {
+        let letters = self.control.nat.as_ref().map(|(_, mailbox)| mailbox.empty()).unwrap_or_default();
+        for (whose, flows) in letters {
+            let Some(client) = self.clients.values_mut().find(|client| client.id == whose) else { continue };
+            client.waits = false;
+            client.answer = line(&json!({ "ok": true, "flows": flows }));
+            let fd = client.fd();
+            // It may have asked for more meanwhile.
+            let mut fate = self.give(fd);
+            if fate == Fate::Stays {
+                fate = self.hear(fd);
+            }
+            self.settle(fd, fate, ops);
+        }
     }
 
     fn give(&mut self, fd: RawFd) -> Fate {
@@ -339,6 +418,8 @@ impl MutEventSubscriber for Server {
             self.accept(ops);
         } else if console.is_some_and(|console| fd == console.scrollback.wake_fd()) {
             self.spread_output(ops);
+        } else if self.control.nat.as_ref().is_some_and(|(_, mailbox)| fd == mailbox.bell()) {
+            self.deliver(ops);
         } else if console.is_some_and(|console| fd == console.input.as_raw_fd()) {
             self.feed_guest(ops);
             if let Some(typist) = self.typist {
@@ -354,6 +435,9 @@ impl MutEventSubscriber for Server {
         let mut added = ops.add(self.listening());
         if let Some(console) = &self.control.console {
             added = added.and(ops.add(Events::new(&console.scrollback.wake_fd(), EventSet::IN)));
+        }
+        if let Some((_, mailbox)) = &self.control.nat {
+            added = added.and(ops.add(Events::new(&mailbox.bell(), EventSet::IN)));
         }
         if let Err(error) = added {
             tracing::warn!(error = %io::Error::other(error), "the control socket is not served");

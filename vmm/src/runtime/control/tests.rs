@@ -1,6 +1,7 @@
 //! Dialogues with a server on a thread of its own; the machine behind it has no devices.
 
 use std::io::{Read, Write};
+use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+use net::nat::{Nat, NatConfig};
 use proptest::prelude::*;
 
 use super::super::{Scrollback, Tee};
@@ -32,12 +34,20 @@ impl Machine {
     }
 
     fn with(console: bool) -> Self {
+        Self::on(console, None)
+    }
+
+    fn on(console: bool, nat: Option<net::nat::NatHandle>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("control.sock");
         let scrollback = Scrollback::new().unwrap();
         let (to_console, typed) = Console::new(scrollback.clone()).unwrap();
         let control = Control::bind(&path).unwrap();
         let control = if console { control.console(to_console) } else { control };
+        let control = match nat {
+            Some(nat) => control.nat(nat).unwrap(),
+            None => control,
+        };
         let remote = Remote::to_nothing();
         let worker = control.serve(remote.clone());
         let stop = Arc::new(AtomicBool::new(false));
@@ -249,6 +259,45 @@ fn a_machine_on_a_terminal_lets_nobody_attach_and_goes_on_answering() {
     let machine = Machine::with(false);
     assert!(refused(machine.client().console(true)).contains("terminal"));
     machine.client().status().unwrap();
+}
+
+#[test]
+fn a_connection_into_the_guest_is_the_networks_and_its_refusal_an_answer() {
+    let mut nat = Nat::new(NatConfig::default()).unwrap();
+    let machine = Machine::on(false, Some(nat.handle().unwrap()));
+    let why = refused(machine.client().open(Some(Ipv4Addr::new(10, 0, 0, 1)), 22));
+    assert!(why.contains("10.0.0.1"), "{why}");
+    let mut impatient = machine.raw();
+    let answer = ask(&mut impatient, "{\"do\":\"connect\",\"port\":22}\nSSH-2.0\r\n");
+    assert!(answer.contains("wait for the answer"), "{answer}");
+    let mut stream = machine.client().open(None, 22).unwrap();
+    stream.write_all(b"waits for a guest").unwrap();
+    machine.client().status().unwrap();
+    drop(nat);
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    assert_eq!(stream.read(&mut [0]).unwrap_or(0), 0, "the network has ended, and the connection with it");
+    assert!(refused(machine.client().open(None, 22)).contains("ended"));
+}
+
+#[test]
+fn connections_are_told_later_and_their_question_never_stays_open() {
+    let mut nat = Nat::new(NatConfig::default()).unwrap();
+    let machine = Machine::on(false, Some(nat.handle().unwrap()));
+    let mut asking = machine.raw();
+    // Nobody serves this network, so the answer is its end; what was asked behind is answered behind.
+    asking.write_all(b"{\"do\":\"flows\"}\n{\"do\":\"status\"}\n").unwrap();
+    assert!(machine.client().status().unwrap().leases.is_empty());
+    drop(nat);
+    assert!(ask(&mut asking, "").contains("\"flows\":[]"));
+    assert!(ask(&mut asking, "").contains("\"status\""));
+    assert_eq!(machine.client().flows().unwrap(), []);
+}
+
+#[test]
+fn a_machine_without_a_nat_lets_nobody_in() {
+    let machine = Machine::new();
+    assert!(refused(machine.client().open(None, 22)).contains("--net nat"));
+    assert!(refused(machine.client().flows()).contains("--net nat"));
 }
 
 proptest! {
