@@ -42,6 +42,32 @@ fn says(output: &Output, facts: &[&str]) {
 }
 
 #[test]
+fn a_debian_guest_serves_nc_and_is_shown_with_its_lease() {
+    let script = r#"
+        pontoon run debian -d --name web -- sh -c 'mkdir /www; echo hello from $(hostname) >/www/index.html; httpd -f -h /www'
+        # The address comes with the guest's own DHCP client.
+        until_so sh -c 'pontoon net inspect web | grep 192.168.122'
+        get() { printf 'GET /index.html HTTP/1.0\r\n\r\n' | pontoon nc "$1" 80; }
+        until_so sh -c "printf 'GET / HTTP/1.0\r\n\r\n' | pontoon nc web 80"
+        get web
+        get "$(pontoon ps --json | sed 's/.*"address":"\([0-9.]*\)".*/\1/')"
+        pontoon nc web 81 </dev/null || echo "closed: $?"
+        pontoon net inspect web
+        pontoon kill web
+    "#;
+    let Some(output) = in_lab(script) else { return };
+    let facts =
+        ["hello from web", "closed: 1", "nat", "192.168.122.0/24", "virtio", "52:54:00:", "from the guest"];
+    says(&output, &facts);
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout).matches("hello from web").count(),
+        2,
+        "{}",
+        text(&output)
+    );
+}
+
+#[test]
 fn detached_debian_guests_are_listed_logged_typed_to_and_end_by_themselves() {
     let script = r#"
         pontoon run debian --detach --name shell

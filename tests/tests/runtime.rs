@@ -411,15 +411,82 @@ fn a_machines_network_is_shown_with_what_went_over_it() {
         (shown["interfaces"][0]["counters"]["from_guest_frames"].as_u64() > Some(1)).then_some(shown)
     });
     let nic = &shown["interfaces"][0];
+    let lease = until("the guest has its lease", || inspect()["leases"].get(0).cloned());
+    let address = lease["address"].as_str().expect("a lease has an address").to_owned();
+    assert!(address.starts_with("192.168.122.") && lease["mac"] == nic["mac"], "{lease}");
+    assert_eq!(host.ps(&[])[0]["address"], address);
     let facts = (&nic["type"], &nic["source"], &nic["model"]);
     assert_eq!(facts, (&"nat".into(), &"192.168.122.0/24".into(), &"virtio".into()));
     assert_eq!(nic["mac"], host.ps(&[])[0]["mac"]);
     let table = host.ok(&["net", "inspect", "a"]);
-    assert!(table.contains("52:54:00:") && table.contains("from the guest"), "{table}");
+    assert!(
+        table.contains("52:54:00:") && table.contains("from the guest") && table.contains(&address),
+        "{table}"
+    );
     let nets: Value = serde_json::from_str(&host.ok(&["net", "ls", "--json"])).expect("--json prints JSON");
     assert_eq!((&nets[0]["net"], &nets[0]["machines"][0]["name"]), (&"nat".into(), &"a".into()));
     assert_eq!(nets.as_array().map(Vec::len), Some(1), "a machine without a NIC is on no network");
     until("b has ended, and has no network to show", || {
         (host.run(&["net", "inspect", "b"]).status.code() == Some(2)).then_some(())
     });
+}
+
+/// Runs `pontoon nc` with this input and gives what came back.
+fn nc(host: &Host, to: &[&str], input: Vec<u8>) -> Output {
+    let mut pontoon = host.pontoon(&[&["nc"], to].concat());
+    let command = pontoon.command().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("pontoon starts");
+    let mut stdin = child.stdin.take().expect("it is piped");
+    let writer = std::thread::spawn(move || {
+        // A guest that refuses takes none of it.
+        let _ = stdin.write_all(&input);
+    });
+    let output = child.wait_with_output().expect("pontoon ends");
+    writer.join().expect("the writer has not failed");
+    output
+}
+
+#[test]
+fn nc_leads_into_the_guest_by_name_and_by_address_and_back() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    // A guest may be asked for before it is up.
+    host.detach(&["--name", "a"], "probe.do=dhcp;listen=7,count=3;wait=60000");
+    let sent: Vec<u8> = (0..3_000_000u32).map(|n| (n % 251) as u8).collect();
+    let output = nc(&host, &["a", "7"], sent.clone());
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.stdout == sent, "{} of {} bytes, or others", output.stdout.len(), sent.len());
+    let address = host.ps(&[])[0]["address"].as_str().expect("it has a lease by now").to_owned();
+    assert_eq!(nc(&host, &[&address, "7"], b"by its address".to_vec()).stdout, b"by its address");
+    // A second network has the same addresses: then a name is wanted, and that one is not led astray.
+    host.detach(
+        &["--name", "b", "--mac", host.ps(&[])[0]["mac"].as_str().expect("it has one")],
+        "probe.do=dhcp;wait=60000",
+    );
+    until("the other guest has the same address", || (host.ps(&[])[1]["address"] == address).then_some(()));
+    let unclear = nc(&host, &[&address, "7"], Vec::new());
+    assert_eq!(unclear.status.code(), Some(2), "{}", text(&unclear));
+    assert!(String::from_utf8_lossy(&unclear.stderr).contains("a, b"), "{}", text(&unclear));
+    assert_eq!(nc(&host, &["a", "7"], b"by its name".to_vec()).stdout, b"by its name");
+}
+
+#[test]
+fn nc_to_what_is_not_there_ends_and_says_so_where_that_is_known() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    host.detach(&["--name", "a"], "probe.do=dhcp;wait=60000");
+    let closed = nc(&host, &["a", "81"], b"anybody?".to_vec());
+    assert_eq!((closed.status.code(), closed.stdout.as_slice()), (Some(1), &b""[..]), "{}", text(&closed));
+    assert!(String::from_utf8_lossy(&closed.stderr).contains("port 81 of a"), "{}", text(&closed));
+    for (to, says) in
+        [(&["nobody", "22"], "no machine"), (&["10.9.8.7", "22"], "10.9.8.7"), (&["a.b", "22"], "neither")]
+    {
+        let refused = nc(&host, to, Vec::new());
+        assert_eq!(refused.status.code(), Some(2), "{}", text(&refused));
+        assert!(String::from_utf8_lossy(&refused.stderr).contains(says), "{}", text(&refused));
+    }
 }

@@ -14,7 +14,9 @@ use net::nat::{Publish, Subnet};
 use net::tap::TapName;
 use vmm::runtime::MachineName;
 
-use super::machine_args::{ConsoleArgs, KillArgs, LogsArgs, NcArgs, NetInspectArgs, NetLsArgs, PsArgs, StopArgs};
+use super::machine_args::{
+    ConsoleArgs, KillArgs, LogsArgs, NcArgs, NetInspectArgs, NetLsArgs, PsArgs, StopArgs,
+};
 
 /// Lightweight virtual machines that are on the network the moment they boot.
 #[derive(Debug, Parser)]

@@ -34,11 +34,11 @@ pub(crate) fn console(args: &ConsoleArgs) -> Result<u8, Failure> {
     let ended = relay(&stream, escape, &stays);
     drop(raw);
     match ended {
-        Ok(Ended::Closed) if terminal => {
+        Ok(Ended::Closed | Ended::Refused) if terminal => {
             output::note(&format!("\n{name} has ended, or this console was cut off"))
         }
         Ok(Ended::Detached) => output::note(&format!("\n{name} goes on")),
-        Ok(Ended::Closed | Ended::NoReader) => {}
+        Ok(Ended::Closed | Ended::Refused | Ended::NoReader) => {}
         Err(error) => {
             return Err(Failure::machine(anyhow!(error).context(format!("joining the console of {name}"))));
         }

@@ -1,6 +1,7 @@
 //! `pontoon ps`, `stop` and `kill`: the machines of this user.
 
 use std::collections::HashMap;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::anyhow;
@@ -14,6 +15,10 @@ use super::{Failure, netinfo, output};
 
 /// How long a machine may take to tell what it is doing.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// How long a guest's agent may take to say that it is there.
+const AGENT: Duration = Duration::from_millis(500);
+/// How often it is looked whether a guest could be asked at all.
+const LOOK: Duration = Duration::from_millis(100);
 /// How long a process may take to end in order, once asked by a signal, before it is killed.
 const ORDERLY: Duration = Duration::from_secs(5);
 /// How long the kernel may take to end a process that it killed.
@@ -69,7 +74,7 @@ fn row(entry: &Entry, status: Option<&Status>) -> Vec<String> {
         name,
         condition,
         image.unwrap_or_default(),
-        netinfo::address(entry, status).unwrap_or_default(),
+        netinfo::address(entry, status).map(|at| at.to_string()).unwrap_or_default(),
         state.published.join(" "),
         format!("{}M", state.memory >> 20),
         uptime(entry, status).map(words).unwrap_or_default(),
@@ -115,26 +120,52 @@ pub(crate) fn stop(args: &StopArgs) -> Result<u8, Failure> {
     let deadline = Instant::now() + Duration::from_secs(args.time.into());
     each(&args.names, |name| {
         // A name that is there twice is done with.
-        let Some(outcome) = asked.remove(name) else { return Ok(()) };
-        let (process, asked) = outcome?;
-        if asked && process.wait(deadline.saturating_duration_since(Instant::now())) {
-            return Ok(());
+        let Some(asked) = asked.remove(name) else { return Ok(()) };
+        let (process, refusal) = asked?;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if process.wait(left.min(LOOK)) {
+                return Ok(());
+            }
+            if let Ok(why) = refusal.try_recv() {
+                output::note(&format!(
+                    "{name}: the guest can't be asked to shut down ({why}); the machine is ended"
+                ));
+                break;
+            }
+            if left.is_zero() {
+                output::note(&format!("{name}: the guest did not shut down in time; the machine is ended"));
+                break;
+            }
         }
         end(&process, name)
     })
 }
 
-/// The machine's process, and whether its guest could be asked to shut down.
-fn ask_guest(runtime: &Runtime, name: &MachineName) -> Result<(Process, bool), Failure> {
+/// The machine's process, and where it is told if its guest could not be asked to shut down.
+fn ask_guest(runtime: &Runtime, name: &MachineName) -> Result<(Process, Receiver<String>), Failure> {
     let entry = runtime.find_alive(name).map_err(failure)?;
     let process = entry.process().map_err(failure)?;
-    let asked = entry.control().and_then(|mut client| client.power_button());
-    if let Err(error) = &asked {
-        output::note(&format!(
-            "{name}: the guest can't be asked to shut down ({error}); the machine is ended"
-        ));
+    let (tell, refusal) = channel();
+    // On a thread of its own, which ends with us: a guest may take its time to answer, or never do.
+    std::thread::spawn(move || {
+        if let Err(why) = shut_down(&entry) {
+            // Nobody listens any more when the machine has ended meanwhile.
+            let _ = tell.send(why);
+        }
+    });
+    Ok((process, refusal))
+}
+
+/// Lets the guest's agent power off, or else presses the power button.
+fn shut_down(entry: &Entry) -> Result<(), String> {
+    if let Some(agent) = entry.agent()
+        && agent.wait_until_ready(AGENT).is_ok()
+        && agent.power_off().is_ok()
+    {
+        return Ok(());
     }
-    Ok((process, asked.is_ok()))
+    entry.control().and_then(|mut control| control.power_button()).map_err(|error| error.to_string())
 }
 
 /// Ends a machine's process: in order, or else by force.

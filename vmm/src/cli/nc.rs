@@ -8,8 +8,11 @@ use vmm::runtime::{Entry, MachineName, Runtime};
 
 use super::machine_args::NcArgs;
 use super::registry::{asking, failure};
-use super::relay::relay;
-use super::{Failure, netinfo};
+use super::relay::{Ended, relay};
+use super::{Failure, netinfo, output};
+
+/// Nobody listens on that port: the status of other programs of this name.
+const STATUS_REFUSED: u8 = 1;
 
 pub(crate) fn nc(args: &NcArgs) -> Result<u8, Failure> {
     let runtime = Runtime::open().map_err(failure)?;
@@ -17,8 +20,12 @@ pub(crate) fn nc(args: &NcArgs) -> Result<u8, Failure> {
     let opened = entry.control().and_then(|client| client.open(guest, args.port));
     let stream = opened.map_err(|error| asking(entry.name(), error))?;
     let where_to = format!("port {} of {}", args.port, entry.name());
-    relay(&stream, None, &|| {})
+    let ended = relay(&stream, None, &|| {})
         .map_err(|error| Failure::machine(anyhow!(error).context(format!("joining {where_to}"))))?;
+    if ended == Ended::Refused {
+        output::note(&format!("{where_to} refused the connection, or closed it without a word"));
+        return Ok(STATUS_REFUSED);
+    }
     Ok(0)
 }
 
@@ -40,7 +47,9 @@ fn find(runtime: &Runtime, guest: &str) -> Result<(Entry, Option<Ipv4Addr>), Fai
     let names: Vec<_> = living.iter().map(|entry| entry.name().to_string()).collect();
     match (living.pop(), names.as_slice()) {
         (Some(entry), [_]) => Ok((entry, Some(address))),
-        (None, _) => Err(Failure::usage(anyhow!("no machine's guest has the address {address}; see pontoon ps"))),
+        (None, _) => {
+            Err(Failure::usage(anyhow!("no machine's guest has the address {address}; see pontoon ps")))
+        }
         // Each NAT is a network of its own.
         (Some(_), names) => Err(Failure::usage(anyhow!(
             "{address} is a guest of each of {}; name the machine instead",

@@ -4,6 +4,7 @@
 //! answer is shown without.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -50,9 +51,9 @@ pub(crate) fn ask(entry: &Entry) -> Option<Status> {
 }
 
 /// The address that the NAT gave to the machine's own NIC.
-pub(crate) fn address(entry: &Entry, status: Option<&Status>) -> Option<String> {
+pub(crate) fn address(entry: &Entry, status: Option<&Status>) -> Option<Ipv4Addr> {
     let mac = entry.state().ok()?.mac.as_ref()?;
-    Some(status?.leases.iter().find(|lease| lease.mac == *mac)?.address.to_string())
+    Some(status?.leases.iter().find(|lease| lease.mac == *mac)?.address)
 }
 
 /// `nat` or `bridge`, as virsh calls them, and its name.

@@ -48,7 +48,14 @@ pub(crate) fn plug(args: &RunArgs) -> Result<Network, Failure> {
             if args.pcap.is_some() || args.mac.is_some() {
                 return Err(Failure::usage(anyhow!("--pcap and --mac need a NIC; leave out --net none")));
             }
-            Ok(Network { nic: None, mac: None, network: None, interface: None, handle: None, published: Vec::new() })
+            Ok(Network {
+                nic: None,
+                mac: None,
+                network: None,
+                interface: None,
+                handle: None,
+                published: Vec::new(),
+            })
         }
         NetSpec::Tap(name) => {
             let port = tap(name)?;

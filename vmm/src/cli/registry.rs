@@ -45,12 +45,15 @@ pub(crate) fn register(args: &mut RunArgs, detached: bool) -> Result<Registered,
         console_log: args.console.as_ref().and_then(|path| std::path::absolute(path).ok()),
         ..State::default()
     };
+    let at = args.vsock.as_ref().and_then(|path| std::path::absolute(path).ok());
     let claimed = Runtime::open().and_then(|runtime| match &args.name {
         Some(name) => runtime.claim(name, state),
         None => runtime.claim_numbered(state),
     });
     match claimed {
-        Ok(claim) => {
+        Ok(mut claim) => {
+            let path = at.unwrap_or_else(|| claim.file(VSOCK_SOCKET));
+            claim.update(|state| state.vsock = Some(path)).map_err(failure)?;
             let first = MachineName::numbered(1);
             if args.name.is_none() && *claim.name() != first {
                 output::note(&format!("{first} is running already; this machine is {}", claim.name()));
@@ -88,7 +91,7 @@ impl Registered {
 
     /// Where the guest's vsock ports are reached, unless the user says otherwise.
     pub(crate) fn vsock(&self) -> Option<PathBuf> {
-        self.claim.as_ref().map(|claim| claim.file(VSOCK_SOCKET))
+        self.claim.as_ref()?.state().vsock.clone()
     }
 
     /// Lets the machine serve its control socket.

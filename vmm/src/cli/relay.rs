@@ -17,6 +17,8 @@ const CHUNK: usize = 64 << 10;
 pub(crate) enum Ended {
     /// The other end has closed.
     Closed,
+    /// It has closed without a word, while we had more to say or it had not heard all.
+    Refused,
     /// The escape was typed.
     Detached,
     /// Nobody takes our output any more.
@@ -37,12 +39,14 @@ struct Relay<'a> {
     /// Typed and not sent yet.
     pending: Vec<u8>,
     input: bool,
+    /// Something has come from the other end.
+    heard: bool,
 }
 
 /// Joins `stream` until one of them ends. With `escape`, ctrl-A d detaches.
 pub(crate) fn relay(stream: &UnixStream, escape: Option<Escape>, on_quit: &dyn Fn()) -> io::Result<Ended> {
     stream.set_nonblocking(true)?;
-    let mut relay = Relay { stream, escape, on_quit, pending: Vec::new(), input: true };
+    let mut relay = Relay { stream, escape, on_quit, pending: Vec::new(), input: true, heard: false };
     let stdin = io::stdin();
     loop {
         let mut stream_wants = PollFlags::IN;
@@ -76,14 +80,16 @@ impl Relay<'_> {
     fn output(&mut self) -> io::Result<Turn> {
         let mut chunk = [0; CHUNK];
         let len = match self.stream.read(&mut chunk) {
+            Ok(0) if self.input && !self.heard => return Ok(Turn::End(Ended::Refused)),
             Ok(0) => return Ok(Turn::End(Ended::Closed)),
             Ok(len) => len,
             Err(error) if is_later(&error) => return Ok(Turn::GoOn),
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
-                return Ok(Turn::End(Ended::Closed));
+                return Ok(Turn::End(if self.heard { Ended::Closed } else { Ended::Refused }));
             }
             Err(error) => return Err(error),
         };
+        self.heard = true;
         let mut out = io::stdout().lock();
         match out.write_all(&chunk[..len]).and_then(|()| out.flush()) {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Turn::End(Ended::NoReader)),

@@ -132,7 +132,9 @@ fn run_here(args: &mut RunArgs, boot: &Boot, detached: bool) -> Result<u8, Failu
     if let Some(path) = args.vsock.clone().or_else(|| registered.vsock()) {
         builder = builder.vsock(path);
     }
-    let machine = console(builder, args, boot, &mut registered)?.build().map_err(build_failure)?;
+    let (builder, background) = console(builder, args, boot, &mut registered)?;
+    let builder = registered.serve(builder, background, plugged.handle.take())?;
+    let machine = builder.build().map_err(build_failure)?;
     let signals = Signals::catch().context("catching signals").map_err(Failure::machine)?;
     // From here on the terminal is raw, so that ctrl-C is the guest's; the guard gives it back.
     let raw = if terminal {
@@ -249,12 +251,13 @@ fn initrd_with_request(args: &RunArgs, path: &PathBuf, terminal: bool) -> Result
     Ok(Kernel::Bytes(Cow::Owned(whole)))
 }
 
+/// The console: this terminal or a file, or for a detached machine one to attach to.
 fn console(
     builder: MachineBuilder,
     args: &RunArgs,
     boot: &Boot,
     registered: &mut Registered,
-) -> Result<MachineBuilder, Failure> {
+) -> Result<(MachineBuilder, Option<Console>), Failure> {
     let file = match &args.console {
         Some(path) => {
             let file =
@@ -266,15 +269,15 @@ fn console(
     if registered.is_detached() {
         return background_console(builder, args, boot, registered, file);
     }
-    let builder = registered.serve(builder, None)?;
     if let Some(file) = file {
-        return Ok(builder.serial_output(file));
+        return Ok((builder.serial_output(file), None));
     }
     let stdin =
         io::stdin().as_fd().try_clone_to_owned().context("using standard input").map_err(Failure::machine)?;
     let builder = builder.serial_output(io::stdout()).serial_input(stdin);
     // A person types again, and wants the escape at any time; a pipe's bytes come once.
-    Ok(if io::stdin().is_terminal() { builder.console_escape(true) } else { hold_input(builder, args, boot) })
+    let person = io::stdin().is_terminal();
+    Ok((if person { builder.console_escape(true) } else { hold_input(builder, args, boot) }, None))
 }
 
 /// The console of a detached machine: to its log, and to whoever attaches.
@@ -284,7 +287,7 @@ fn background_console(
     boot: &Boot,
     registered: &mut Registered,
     file: Option<File>,
-) -> Result<MachineBuilder, Failure> {
+) -> Result<(MachineBuilder, Option<Console>), Failure> {
     let made = Scrollback::new().and_then(|scrollback| Ok((Console::new(scrollback.clone())?, scrollback)));
     let ((console, input), scrollback) =
         made.context("making the machine's console").map_err(Failure::machine)?;
@@ -293,7 +296,7 @@ fn background_console(
         (None, Some(log)) => builder.serial_output(scrollback.tee(log)),
         (None, None) => builder,
     };
-    registered.serve(hold_input(builder.serial_input(input), args, boot), Some(console))
+    Ok((hold_input(builder.serial_input(input), args, boot), Some(console)))
 }
 
 /// Input that nobody types again waits until the guest is ready for it.

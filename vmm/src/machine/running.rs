@@ -85,13 +85,6 @@ impl Remote {
         self.end.now(ExitReason::Stopped);
     }
 
-    /// Presses the power button: see [`Running::power_button`].
-    pub fn power_button(&self) {
-        if let Some(hardware) = self.hardware.upgrade() {
-            hardware.power_button();
-        }
-    }
-
     /// What the devices have seen so far; `None` when they are gone.
     pub fn counters(&self) -> Option<Counters> {
         Some(self.hardware.upgrade()?.counters())

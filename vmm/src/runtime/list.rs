@@ -16,6 +16,7 @@ use super::lock::{self, Outer};
 use super::name::MachineName;
 use super::place::Runtime;
 use super::state::{Phase, State, StateError};
+use crate::agent;
 
 /// What a machine is doing, by its lock and its state together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,6 +145,11 @@ impl Entry {
     /// Its folder.
     pub fn folder(&self) -> &Path {
         &self.dir
+    }
+
+    /// The agent of its guest, if the machine has a way to it. Whether there is an agent only asking tells.
+    pub fn agent(&self) -> Option<agent::Client> {
+        self.state().ok()?.vsock.as_ref().map(agent::Client::vsock)
     }
 
     /// A connection to its control socket.

@@ -77,6 +77,8 @@ pub struct State {
     pub subnet: Option<String>,
     /// Published ports, such as `127.0.0.1:8080:80`.
     pub published: Vec<String>,
+    /// The socket that leads to the guest's vsock ports.
+    pub vsock: Option<PathBuf>,
     /// When it was started, in seconds since 1970.
     pub started_at: u64,
     /// Where its console goes, if to a file.

@@ -21,7 +21,8 @@ use super::protocol::{Lease, Request, Status};
 use crate::machine::Remote;
 
 /// Why nobody gets into the guest.
-const NO_NAT: &str = "this machine is not behind a NAT of its own (--net nat), so it is reached by its address on the network";
+const NO_NAT: &str =
+    "this machine is not behind a NAT of its own (--net nat), so it is reached by its address on the network";
 /// Connections that are taken per turn.
 const ACCEPTS: usize = 16;
 
@@ -290,10 +291,7 @@ impl Server {
                 Then::Answer(json!({ "ok": true }))
             }
             Request::Console { write } => Then::Attach { write: *write },
-            Request::PowerButton => {
-                self.remote.power_button();
-                Then::Answer(json!({ "ok": true }))
-            }
+            Request::PowerButton => Then::Answer(refusal("this machine has no power button")),
             Request::Connect { port, guest } => Then::Join { guest: *guest, port: *port },
             Request::Flows => Then::AskNetwork,
         }
@@ -326,7 +324,9 @@ impl Server {
         let joined = match &self.control.nat {
             _ if early => Err("wait for the answer before anything else is sent".to_owned()),
             None => Err(NO_NAT.to_owned()),
-            Some((nat, _)) => nat.connect(guest, port, client.stream.into()).map_err(|error| error.to_string()),
+            Some((nat, _)) => {
+                nat.connect(guest, port, client.stream.into()).map_err(|error| error.to_string())
+            }
         };
         let answer = joined.map_or_else(|why| refusal(&why), |()| json!({ "ok": true }));
         // A socket whose client has read every answer has room for this one.
