@@ -117,6 +117,14 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
     pub(crate) cpus: u8,
 
+    /// CPU time at most, in CPUs, such as 0.5 or 2; by a cgroup, where that is permitted
+    #[arg(long, value_name = "CPUS")]
+    pub(crate) cpu_limit: Option<CpuLimit>,
+
+    /// Share of the CPU time where it is short, 1 to 10000; 100 is everybody's
+    #[arg(long, value_name = "WEIGHT", value_parser = clap::value_parser!(u16).range(1..=10000))]
+    pub(crate) cpu_share: Option<u16>,
+
     /// Memory, such as 512M or 2G
     #[arg(long, value_name = "SIZE", default_value = "512M")]
     pub(crate) memory: MemorySize,
@@ -421,6 +429,33 @@ impl FromStr for DiskSpec {
     }
 }
 
+/// CPU time in thousandths of a CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct CpuLimit(pub(crate) u32);
+
+impl fmt::Display for CpuLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{:03}", self.0 / 1000, self.0 % 1000)
+    }
+}
+
+impl FromStr for CpuLimit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let usage = || "write a number of CPUs from 0.01 to 1024, such as 0.5 or 2".to_owned();
+        let (whole, part) = text.split_once('.').unwrap_or((text, "0"));
+        let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        if !digits(whole) || !digits(part) || part.len() > 3 {
+            return Err(usage());
+        }
+        let whole: u32 = whole.parse().map_err(|_| usage())?;
+        let part: u32 = format!("{part:0<3}").parse().map_err(|_| usage())?;
+        let millis = whole.checked_mul(1000).and_then(|millis| millis.checked_add(part));
+        millis.filter(|millis| (10..=1_024_000).contains(millis)).map(Self).ok_or_else(usage)
+    }
+}
+
 /// A DNS server: an address, with or without a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DnsServer(pub(crate) SocketAddrV4);
@@ -475,6 +510,18 @@ mod tests {
         assert_eq!("/x/a,b.img,overlay".parse(), disk("/x/a,b.img", DiskMode::Overlay));
         for bad in ["", ",ro", ",overlay", "a,ro,overlay", "a,overlay,ro"] {
             assert!(bad.parse::<DiskSpec>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn cpu_time_is_a_number_of_cpus() {
+        for (text, millis) in [("0.5", 500), ("2", 2000), ("1.25", 1250), ("0.01", 10), ("1024", 1_024_000)] {
+            assert_eq!(text.parse(), Ok(CpuLimit(millis)), "{text}");
+            assert_eq!(CpuLimit(millis).to_string().parse(), Ok(CpuLimit(millis)));
+        }
+        for bad in ["", ".", "1.", ".5", "0", "0.001", "-1", "1e3", "1025", "0.0001", "99999999999", "1.2.3"]
+        {
+            assert!(bad.parse::<CpuLimit>().is_err(), "{bad}");
         }
     }
 

@@ -117,6 +117,8 @@ fn words(args: &RunArgs, boot: &Boot, disks: &Carried, run: &mut Run) {
     words.flag("--cpus", args.cpus.to_string());
     words.flag("--memory", args.memory.to_string());
     words.flag("--net", args.net.to_string());
+    words.flag_if("--cpu-limit", args.cpu_limit);
+    words.flag_if("--cpu-share", args.cpu_share);
     words.flag_if("--cmdline", args.cmdline.as_ref());
     words.flag_if("--mac", args.mac);
     words.flag_if("--subnet", args.subnet);

@@ -11,16 +11,18 @@ use net::nat::NatHandle;
 use vmm::machine::MachineBuilder;
 use vmm::runtime::control::{Console, Control, ControlError};
 use vmm::runtime::{
-    CONSOLE_LOG, CONSOLE_LOG_OLD, CONTROL_SOCKET, Claim, ConsoleLog, LOG_MAX, MachineName, Phase, Runtime,
-    RuntimeError, State, VSOCK_SOCKET,
+    CONSOLE_LOG, CONSOLE_LOG_OLD, CONTROL_SOCKET, Claim, ConsoleLog, CpuGroup, CpuLimits, LOG_MAX,
+    MachineName, Phase, Runtime, RuntimeError, State, VSOCK_SOCKET,
 };
 
-use super::args::RunArgs;
+use super::args::{CpuLimit, RunArgs};
 use super::network::Network;
 use super::{Failure, output};
 
 /// The machine's place in the runtime folder, if it has one.
 pub(crate) struct Registered {
+    /// Left before the name is given back.
+    group: Option<CpuGroup>,
     claim: Option<Claim>,
 }
 
@@ -59,13 +61,13 @@ pub(crate) fn register(args: &mut RunArgs, detached: bool) -> Result<Registered,
                 output::note(&format!("{first} is running already; this machine is {}", claim.name()));
             }
             args.name = Some(claim.name().clone());
-            Ok(Registered { claim: Some(claim) })
+            Ok(Registered { group: None, claim: Some(claim) })
         }
         Err(error @ (RuntimeError::Taken { .. } | RuntimeError::NoFreeName(_))) => Err(failure(error)),
         Err(error) if detached => Err(failure(error)),
         Err(error) => {
             output::note(&format!("{error}; until then other commands don't see this machine"));
-            Ok(Registered { claim: None })
+            Ok(Registered { group: None, claim: None })
         }
     }
 }
@@ -92,6 +94,23 @@ impl Registered {
     /// Where the guest's vsock ports are reached, unless the user says otherwise.
     pub(crate) fn vsock(&self) -> Option<PathBuf> {
         self.claim.as_ref()?.state().vsock.clone()
+    }
+
+    /// Limits the CPU time of this process, if that was asked for and is permitted.
+    pub(crate) fn limit_cpus(&mut self, args: &RunArgs) -> Result<(), Failure> {
+        let limits =
+            CpuLimits { millis: args.cpu_limit.map(|CpuLimit(millis)| millis), weight: args.cpu_share };
+        let Some(claim) = self.claim.as_mut().filter(|_| limits != CpuLimits::default()) else {
+            return Ok(());
+        };
+        match CpuGroup::enter(claim.name(), limits) {
+            Ok(group) => {
+                claim.update(|state| state.cgroup = Some(group.path().to_path_buf())).map_err(failure)?;
+                self.group = Some(group);
+            }
+            Err(error) => output::note(&format!("--cpu-limit and --cpu-share are without effect: {error}")),
+        }
+        Ok(())
     }
 
     /// Lets the machine serve its control socket.
@@ -160,6 +179,7 @@ impl Registered {
 
     /// Tells how the machine ended, and gives the name back.
     pub(crate) fn end(self, status: u8, reason: &str) {
+        drop(self.group);
         if let Some(claim) = self.claim {
             claim.end(status, reason);
         }

@@ -117,6 +117,7 @@ fn find_boot(args: &RunArgs) -> Result<Boot, Failure> {
 fn run_here(args: &mut RunArgs, boot: &Boot, detached: bool) -> Result<u8, Failure> {
     let mut registered = registry::register(args, detached)?;
     let args = &*args;
+    registered.limit_cpus(args)?;
     let here = !detached && args.console.is_none();
     let terminal = here && io::stdin().is_terminal() && io::stdout().is_terminal();
     let mut builder = Machine::builder().cpus(args.cpus).memory(args.memory.0);

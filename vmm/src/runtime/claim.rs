@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use super::cgroup;
 use super::error::RuntimeError;
 use super::lock::{self, Outer};
 use super::name::MachineName;
@@ -86,13 +87,15 @@ impl Runtime {
             (None, state) => Ok(Some((true, state))),
             (Some(_), Ok(state)) if state.state == Phase::Ended => Ok(Some((false, Ok(state)))),
             (Some(_), Ok(state)) if state.detached => {
+                state.cgroup.iter().for_each(|path| cgroup::remove(path));
                 let reason = "its process was killed or crashed: it left no word".to_owned();
                 leave(&dir, state, Exit { status: 137, reason, at: state::now() })
                     .map_err(RuntimeError::io("tidying up", &dir))?;
                 Ok(Some((false, State::read(&dir))))
             }
             // In the foreground its terminal has told everything.
-            (Some(_), _) => {
+            (Some(_), state) => {
+                state.ok().and_then(|state| state.cgroup).iter().for_each(|path| cgroup::remove(path));
                 self.remove(&outer, &dir);
                 Ok(None)
             }

@@ -26,6 +26,7 @@
 //! ones are no error, and whatever cannot be understood is one [`Condition::Unreadable`] machine, not a failed listing. A folder that
 //! belongs to somebody else, that others may enter, or that is a symbolic link, is refused.
 
+mod cgroup;
 mod claim;
 mod console;
 pub mod control;
@@ -39,6 +40,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
+pub use cgroup::{CgroupError, CpuGroup, CpuLimits};
 pub use claim::Claim;
 pub use console::ConsoleLog;
 pub use error::RuntimeError;

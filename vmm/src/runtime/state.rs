@@ -79,6 +79,8 @@ pub struct State {
     pub published: Vec<String>,
     /// The socket that leads to the guest's vsock ports.
     pub vsock: Option<PathBuf>,
+    /// The cgroup that limits its CPU time.
+    pub cgroup: Option<PathBuf>,
     /// When it was started, in seconds since 1970.
     pub started_at: u64,
     /// Where its console goes, if to a file.
