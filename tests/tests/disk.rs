@@ -131,6 +131,63 @@ fn a_file_system_that_the_guest_wrote_is_whole_and_has_its_files() {
     assert!(sum.len() == 32 && all.contains(sum), "the file has other bytes\n{all}");
 }
 
+/// Runs on the emulated host. One guest; its first disk's overlay has 1 MiB of room, its second disk is cut short while it runs, and the
+/// machine is killed as soon as the guest says that its third is written.
+const FAULTS: &str = r#"
+set -e
+for image in base cut kept; do dd if=/dev/zero of=$image.img bs=1M count=4 2>/dev/null; done
+mkdir /small
+mount -t tmpfs -o size=1M none /small
+mkfifo typed
+TMPDIR=/small pontoon run debian --accel kvm --net none --timeout 150 \
+    --disk base.img,overlay --disk cut.img --disk kept.img -- sh -c '
+        dd if=/dev/zero of=/dev/vda bs=1M count=4 conv=fsync; echo status of the full disk: $?
+        echo bytes of it: $(dd if=/dev/vda bs=512 count=1 2>/dev/null | wc -c)
+        echo ready for the cut; read line
+        dd if=/dev/vdb of=/dev/null bs=64k skip=40 count=1; echo status of the cut disk: $?
+        echo bytes of it: $(dd if=/dev/vdb bs=512 count=1 2>/dev/null | wc -c)
+        echo safe and sound | dd of=/dev/vdc conv=notrunc,fsync; echo it is synced; read line
+    ' <typed >console 2>errors &
+pid=$!
+exec 3>typed
+said() {
+    n=0
+    until grep -q "$1" console; do
+        if [ $n -gt 120 ] || ! kill -0 $pid; then cat console errors; exit 1; fi
+        sleep 1
+        n=$((n + 1))
+    done
+}
+said 'ready for the cut'
+truncate -s 1M cut.img
+echo go >&3
+said 'it is synced'
+kill -9 $pid
+head -n 1 kept.img
+grep -a -e 'status of' -e 'bytes of' console
+cat errors
+ls -A /small | wc -l
+"#;
+
+#[test]
+fn a_disk_that_fails_is_the_guests_io_error_and_what_was_synced_survives_sigkill() {
+    if !have_image() {
+        return;
+    }
+    let images = Store::open_default().expect("it was there a moment ago").images_dir();
+    let put = format!("{}:/root/.cache/pontoon/images", images.display());
+    let output = Pontoon::new(["lab", "--timeout", "200", "--put", &put, "--", "sh", "-c", FAULTS]).output();
+    let all = text(&output);
+    assert_eq!(output.status.code(), Some(0), "{all}");
+    for fact in
+        ["safe and sound", "status of the full disk: 1", "status of the cut disk: 1", "the disk failed"]
+    {
+        assert!(all.contains(fact), "'{fact}' is missing\n{all}");
+    }
+    assert_eq!(all.matches("bytes of it: 512").count(), 2, "both disks go on\n{all}");
+    assert!(all.trim_end().lines().any(|line| line.trim() == "0"), "the overlay left a file\n{all}");
+}
+
 /// Asserts exit status 2 and one message on standard error that says all of these.
 #[track_caller]
 fn refused(accel: &str, disk: &str, says: &[&str]) {

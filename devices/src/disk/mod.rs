@@ -134,6 +134,22 @@ pub enum DiskMode {
 }
 
 /// A disk for one machine. Dropping it, or the machine that has it, ends its lock.
+///
+/// ```
+/// use devices::disk::{Disk, DiskError, DiskMode};
+///
+/// let folder = tempfile::tempdir()?;
+/// let image = folder.path().join("disk.img");
+/// std::fs::File::create(&image)?.set_len(1 << 20)?;
+///
+/// let disk = Disk::open(&image, DiskMode::ReadWrite)?;
+/// assert_eq!(disk.bytes(), 1 << 20);
+/// // One writer: a second machine is refused until the first one has ended.
+/// assert!(matches!(Disk::open(&image, DiskMode::Overlay), Err(DiskError::Written(_))));
+/// drop(disk);
+/// Disk::open(&image, DiskMode::Overlay)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Disk {
     storage: Arc<dyn Storage>,
     read_only: bool,

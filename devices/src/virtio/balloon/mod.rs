@@ -94,6 +94,18 @@ pub struct BalloonTotals {
 pub struct Balloon(Arc<Shared>);
 
 /// Reads and sets a machine's balloon from anywhere.
+///
+/// ```
+/// use devices::virtio::balloon::Balloon;
+///
+/// let (balloon, worker) = Balloon::new()?;
+/// let handle = balloon.handle();
+/// // `balloon` goes into a transport, `worker` to the I/O thread (`MachineBuilder::balloon` does both). Then:
+/// handle.set_target(64 << 20);
+/// assert_eq!((handle.target(), handle.actual()), (64 << 20, 0));
+/// # drop(worker);
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct BalloonHandle(Arc<Shared>);
 
