@@ -92,12 +92,14 @@ impl Listener {
         }
         let file = identity(path);
         rustix::net::listen(&socket, BACKLOG).map_err(failed)?;
-        Ok(Self { socket, path: path.into(), file: file.unwrap_or_default(), reserve: reserve() })
+        Ok(Self { socket, path: path.into(), file: file.unwrap_or_default(), reserve: None })
     }
 
     /// Takes the next client, without waiting.
     pub(super) fn accept(&mut self) -> Accepted {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        // Not before somebody comes: most machines' sockets are never used.
+        self.reserve = self.reserve.take().or_else(reserve);
         loop {
             return match rustix::net::accept_with(&self.socket, flags) {
                 Ok(client) => Accepted::Client(client),
@@ -115,10 +117,7 @@ impl Listener {
                     self.reserve = reserve();
                     outcome
                 }
-                Err(error) => {
-                    self.reserve = reserve();
-                    Accepted::Broken(error.into())
-                }
+                Err(error) => Accepted::Broken(error.into()),
             };
         }
     }

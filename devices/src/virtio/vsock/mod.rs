@@ -71,14 +71,15 @@ pub const F_STREAM: u64 = 1;
 /// Queue indices (§5.10.2).
 const RX: usize = 0;
 const TX: usize = 1;
+const EVENT: usize = 2;
 const QUEUE_SIZES: [u16; 3] = [QUEUE_SIZE, QUEUE_SIZE, EVENT_QUEUE_SIZE];
 
 /// What the two halves share.
 struct Shared {
     active: Mutex<Option<Active>>,
+    /// That of the event queue, whose buffers are never used, also tells the worker of an activation, a reset, or of
+    /// work that is left.
     kicks: [EventFd; 3],
-    /// Tells the worker of an activation, a reset, or of work that is left.
-    wake: EventFd,
     counters: VsockCounters,
     cid: u64,
 }
@@ -91,7 +92,7 @@ impl Shared {
     /// Lets the worker take a turn, behind the other devices' events.
     fn wake_worker(&self) {
         // Fails only when the counter is at its limit, and then it is readable anyway.
-        let _ = self.wake.write(1);
+        let _ = self.kicks[EVENT].write(1);
     }
 }
 
@@ -125,7 +126,6 @@ impl Vsock {
         let shared = Arc::new(Shared {
             active: Mutex::new(None),
             kicks: [eventfd()?, eventfd()?, eventfd()?],
-            wake: eventfd()?,
             counters: VsockCounters::default(),
             cid,
         });

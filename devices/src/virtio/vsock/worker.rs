@@ -6,9 +6,10 @@
 //! | kick of the receive queue | the guest is no longer starved |
 //! | the listening socket | accept clients, a few at a time |
 //! | a connection's socket | what its state makes of it |
-//! | wake after activation | forget the last driver's connections, then all of the above |
-//! | wake after reset | forget them, and rest |
-//! | wake after a turn that used up its budget | go on with it, behind the other events |
+//! | kick of the event queue: a wake, | |
+//! | – after activation | forget the last driver's connections, then all of the above |
+//! | – after reset | forget them, and rest |
+//! | – after a turn that used up its budget | go on with it, behind the other events |
 //!
 //! After each of them, what waits for the guest is given to it while it has buffers, and sockets are polled for what
 //! their connections want now. A starved guest's sockets are not polled for input once each has been found to have
@@ -23,16 +24,16 @@ use super::counters::Refusal;
 use super::host::{Accepted, Listener};
 use super::queues::{RxEnd, Scratch, TxEnd, receive, transmit};
 use super::table::Table;
-use super::{RX, Shared, TX};
+use super::{EVENT, RX, Shared, TX};
 use crate::virtio::{Interrupt, Memory, QueueError, Ring};
 
 /// Most clients accepted in a turn.
 const ACCEPT_BUDGET: usize = 16;
 
-/// Event tokens: queue indices, then these; connection `n` has `CONNECTION + n`.
-const WAKE: u32 = 3;
-const LISTENER: u32 = 4;
-const CONNECTION: u32 = 5;
+/// Event tokens: queue indices (the event queue's kick is the wake), then these; connection `n` has `CONNECTION + n`.
+const WAKE: u32 = EVENT as u32;
+const LISTENER: u32 = 3;
+const CONNECTION: u32 = 4;
 
 /// The queues between activation and reset.
 pub(super) struct Active {
@@ -203,8 +204,7 @@ impl VsockWorker {
 
 impl MutEventSubscriber for VsockWorker {
     fn init(&mut self, ops: &mut EventOps) {
-        let fds = self.shared.kicks.iter().chain([&self.shared.wake]);
-        for (token, fd) in (0..).zip(fds) {
+        for (token, fd) in (0..).zip(&self.shared.kicks) {
             if let Err(error) = ops.add(Events::with_data(fd, token, EventSet::IN)) {
                 tracing::error!(%error, token, "the vsock device can't be polled and will not work");
             }
@@ -213,10 +213,8 @@ impl MutEventSubscriber for VsockWorker {
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         let token = events.data();
-        // They may be empty already: read by an earlier turn.
-        if token == WAKE {
-            let _ = self.shared.wake.read();
-        } else if let Some(kick) = self.shared.kicks.get(token as usize) {
+        if let Some(kick) = self.shared.kicks.get(token as usize) {
+            // It may be empty already: read by an earlier turn.
             let _ = kick.read();
         }
         let active = self.turn(token, events.event_set());
