@@ -29,9 +29,9 @@ const KERNEL_METAPACKAGE: &str = "linux-image-cloud-amd64";
 const KERNEL_PREFIX: &str = "linux-image-";
 const BUSYBOX: &str = "busybox-static";
 
-/// Modules of every image: the devices that Pontoon offers (and their PCI siblings, so that the image boots in QEMU too), file
+/// Modules of every image: the devices that Pontoon offers, its power button among them (and their PCI siblings, so that the image boots in QEMU too), file
 /// systems that disks come in, and tunnels for those who test networks.
-const MODULES: [&str; 19] = [
+const MODULES: [&str; 21] = [
     "virtio_mmio",
     "virtio_pci",
     "virtio_net",
@@ -39,6 +39,8 @@ const MODULES: [&str; 19] = [
     "virtio_console",
     "virtio_rng",
     "virtio_balloon",
+    "button",
+    "evdev",
     "vmw_vsock_virtio_transport",
     "vsock_loopback",
     "overlay",

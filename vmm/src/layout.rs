@@ -66,6 +66,8 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 pub const COM1_PORT: u16 = 0x3f8;
 /// COM1's interrupt line.
 pub const COM1_GSI: u32 = 4;
+/// The power button's interrupt line: a PC's SCI, which a hardware-reduced platform does not have.
+pub const POWER_BUTTON_GSI: u32 = 9;
 /// The keyboard controller's interrupt line.
 pub const I8042_GSI: u32 = 1;
 

@@ -23,11 +23,12 @@
 //! # Statuses
 //!
 //! The command's own; 128+N when signal N ended it; 127 when it does not exist, 126 when it cannot be executed: what a
-//! shell says. `poweroff` and `reboot` in the guest end it without a status.
+//! shell says. `poweroff` and `reboot` in the guest, and the machine's power button, end it without a status.
 //!
 //! Nothing here may panic: PID 1's death is a kernel panic. What fails is said on the console, and the boot goes on.
 
 mod agent;
+mod button;
 mod console;
 mod modules;
 mod net;
@@ -55,9 +56,10 @@ fn main() {
     supervise::block_signals();
     modules::load(&options.modules);
     agent::start();
+    let button = button::Button::find();
     let hostname = set_hostname(request.hostname.as_deref());
     net::up(&hostname, options.dhcp);
-    power::end(supervise::run(&request));
+    power::end(supervise::run(&request, &button));
 }
 
 /// The kernel's own file systems. One that is mounted already is no failure.

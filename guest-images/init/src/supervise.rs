@@ -1,13 +1,14 @@
 //! Processes: the one command, and everybody else's orphans.
 //!
 //! Init learns of everything by signals that it blocks and waits for: SIGCHLD, and what `halt`, `poweroff` and `reboot` of busybox
-//! send to PID 1 (SIGUSR1, SIGUSR2, SIGTERM), ctrl-alt-del (SIGINT) and a failing power supply (SIGPWR).
+//! send to PID 1 (SIGUSR1, SIGUSR2, SIGTERM), ctrl-alt-del (SIGINT), the power button and a failing power supply (SIGPWR).
 
 use std::io;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
+use crate::button::Button;
 use crate::power::End;
 use crate::request::Request;
 use crate::{agent, say, sys};
@@ -26,7 +27,7 @@ pub(crate) fn block_signals() {
 }
 
 /// Runs the request's command, or a login shell, to its end.
-pub(crate) fn run(request: &Request) -> End {
+pub(crate) fn run(request: &Request, button: &Button) -> End {
     let mut command = match request.argv.split_first() {
         Some((program, arguments)) => {
             let mut command = Command::new(program);
@@ -50,7 +51,7 @@ pub(crate) fn run(request: &Request) -> End {
     sys::in_foreground(&mut command);
     sys::with_clean_signals(&mut command);
     match command.spawn() {
-        Ok(child) => wait_for_main(child.id()),
+        Ok(child) => wait_for_main(child.id(), button),
         Err(error) => {
             say!("cannot run {}: {error}", command.get_program().display());
             End::Status(if error.kind() == io::ErrorKind::NotFound { 127 } else { 126 })
@@ -103,7 +104,10 @@ pub(crate) fn wait_for_all(limit: Duration) {
     }
 }
 
-fn wait_for_main(main: u32) -> End {
+fn wait_for_main(main: u32, button: &Button) -> End {
+    if button.pressed() {
+        return End::PowerOff;
+    }
     loop {
         match sys::wait_signal(&SIGNALS, None) {
             Some(libc::SIGUSR1 | libc::SIGUSR2 | libc::SIGPWR) => return End::PowerOff,

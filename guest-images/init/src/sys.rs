@@ -164,6 +164,21 @@ pub(crate) fn block_signals(signals: &[i32]) -> io::Result<()> {
     check(unsafe { libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) })
 }
 
+/// Lets the kernel send `signal` to this process whenever `file` has something to read.
+pub(crate) fn signal_on_input(file: &File, signal: i32) -> io::Result<()> {
+    // linux/fcntl.h; libc has it for other systems only.
+    const F_SETSIG: libc::c_int = 10;
+    let fd = file.as_raw_fd();
+    // SAFETY: these commands take numbers, and `file` is open for all of the calls.
+    unsafe {
+        check(libc::fcntl(fd, libc::F_SETOWN, libc::getpid()))?;
+        check(libc::fcntl(fd, F_SETSIG, signal))?;
+        let flags = libc::fcntl(fd, libc::F_GETFL);
+        check(flags)?;
+        check(libc::fcntl(fd, libc::F_SETFL, flags | libc::O_ASYNC))
+    }
+}
+
 /// Waits for one of the blocked signals; `None` after `limit` or when interrupted.
 pub(crate) fn wait_signal(signals: &[i32], limit: Option<Duration>) -> Option<i32> {
     let set = signal_set(signals);

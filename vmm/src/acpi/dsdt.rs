@@ -5,14 +5,15 @@
 //! in which Linux names the devices. Interrupts are edge-triggered, active-high, exclusive: an irqfd pulse is an edge.
 
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate, Scope,
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path, ResourceTemplate,
+    Scope,
 };
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 use devices::{acpi as power, cmos, serial};
 
 use super::Hardware;
-use crate::layout::{COM1_GSI, COM1_PORT, VIRTIO_MMIO_SIZE, virtio_gsi, virtio_mmio_base};
+use crate::layout::{COM1_GSI, COM1_PORT, POWER_BUTTON_GSI, VIRTIO_MMIO_SIZE, virtio_gsi, virtio_mmio_base};
 
 const HEADER_LEN: u32 = 36;
 /// Revision 2: integers have 64 bits.
@@ -23,7 +24,7 @@ pub(super) fn build(hardware: Hardware) -> Vec<u8> {
     s5(&mut aml);
     let processors: Vec<Processor> = (0..hardware.cpus).map(Processor).collect();
     let virtio: Vec<Virtio> = (0..hardware.virtio_devices).map(Virtio).collect();
-    let mut nodes: Vec<&dyn Aml> = vec![&Com1, &Rtc];
+    let mut nodes: Vec<&dyn Aml> = vec![&Com1, &Rtc, &PowerButton, &Events];
     nodes.extend(processors.iter().map(|node| node as &dyn Aml));
     nodes.extend(virtio.iter().map(|node| node as &dyn Aml));
     Scope::new(Path::new("\\_SB_"), nodes).to_aml_bytes(&mut aml);
@@ -79,6 +80,44 @@ impl Aml for Rtc {
             vec![
                 &Name::new(Path::new("_HID"), &EISAName::new("PNP0B00")),
                 &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&ports])),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// The power button (ACPI 6.5 §4.8.3.2.1), which [`Events`] says was pressed.
+struct PowerButton;
+
+impl Aml for PowerButton {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        Device::new(
+            Path::new("PWRB"),
+            vec![
+                &Name::new(Path::new("_HID"), &EISAName::new("PNP0C0C")),
+                &Name::new(Path::new("_UID"), &0u8),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// The generic event device (ACPI 6.5 §5.6.9): how a hardware-reduced platform, which has no SCI, tells of events. Its
+/// one interrupt means that the power button was pressed.
+struct Events;
+
+impl Aml for Events {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        /// §5.6.6, table 5.185: "S0 power button pressed".
+        const PRESSED: u8 = 0x80;
+        let button = Path::new("PWRB");
+        Device::new(
+            Path::new("GED_"),
+            vec![
+                &Name::new(Path::new("_HID"), &"ACPI0013"),
+                &Name::new(Path::new("_UID"), &0u8),
+                &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&edge(POWER_BUTTON_GSI)])),
+                &Method::new(Path::new("_EVT"), 1, true, vec![&Notify::new(&button, &PRESSED)]),
             ],
         )
         .to_aml_bytes(sink);

@@ -2,7 +2,7 @@
 //!
 //! `IAPC_BOOT_ARCH` (table 5.11) tells what legacy hardware there is: devices on the ISA bus (COM1, the RTC), no VGA, no
 //! 8042 keyboard controller to probe. (There is one, for resets, but no keyboard: a probe would cost time.) Power and
-//! sleep buttons are claimed to be control-method devices, of which the DSDT has none: so there are no buttons.
+//! sleep buttons are said to be control-method devices: the DSDT has a power button, and no sleep button.
 
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! The DSDT names what cannot be discovered: virtio-mmio windows (`LNRO0005`), COM1 (`PNP0501`), the RTC (`PNP0B00`),
-//! the processors, and `\_S5`. Stock distribution kernels have no other way to find them. One file per table; tests
+//! the power button (`PNP0C0C`) with the device that tells of it (`ACPI0013`), the processors, and `\_S5`. Stock distribution kernels have no other way to find them. One file per table; tests
 //! compare the bytes with golden ones and let `iasl` disassemble them.
 
 mod dsdt;

@@ -14,12 +14,12 @@ use devices::virtio::blk::BlkMonitor;
 use devices::virtio::mmio::{MMIO_LEN, MmioTransport, QUEUE_NOTIFY};
 use devices::virtio::net::NetMonitor;
 use devices::virtio::vsock::VsockMonitor;
-use devices::{Bus, BusDevice};
+use devices::{Bus, BusDevice, IrqLine};
 
 use super::error::BuildError;
 use super::running::{Counters, NicCounters};
 use crate::kvm::Vm;
-use crate::layout::{virtio_gsi, virtio_mmio_base};
+use crate::layout::{POWER_BUTTON_GSI, virtio_gsi, virtio_mmio_base};
 use crate::vcpu::Buses;
 
 /// What the vCPUs access and what is counted of it.
@@ -31,6 +31,7 @@ pub(super) struct Hardware {
     disks: Vec<BlkMonitor>,
     balloon: Option<BalloonHandle>,
     vsock: Option<VsockMonitor>,
+    power_button: Arc<dyn IrqLine>,
 }
 
 impl Hardware {
@@ -47,6 +48,7 @@ impl Hardware {
         put(ports, ACPI_BASE, ACPI_LEN, AcpiPower)?;
         put(ports, I8042_BASE, I8042_LEN, I8042::default())?;
         put(ports, CMOS_BASE, CMOS_LEN, Rtc::host())?;
+        let power_button = vm.irq_line(POWER_BUTTON_GSI)?;
         Ok(Self {
             buses,
             serial,
@@ -55,6 +57,7 @@ impl Hardware {
             disks: Vec::new(),
             balloon: None,
             vsock: None,
+            power_button,
         })
     }
 
@@ -97,6 +100,11 @@ impl Hardware {
     /// Lets [`Counters`] tell of the vsock device.
     pub(super) fn watch_vsock(&mut self, vsock: VsockMonitor) {
         self.vsock = Some(vsock);
+    }
+
+    /// Presses the power button.
+    pub(super) fn power_button(&self) {
+        self.power_button.raise();
     }
 
     pub(super) fn counters(&self) -> Counters {

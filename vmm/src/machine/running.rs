@@ -3,11 +3,13 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use devices::virtio::balloon::{BalloonHandle, BalloonTotals};
 use devices::virtio::blk::BlkTotals;
 use devices::virtio::net::NetTotals;
 use devices::virtio::vsock::VsockTotals;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::exit::{End, ExitReason};
 use super::hardware::Hardware;
@@ -51,12 +53,20 @@ pub struct Running {
 
 /// Stops a machine from elsewhere, such as a thread that waits for signals.
 #[derive(Clone)]
-pub struct Stopper(Arc<End>);
+pub struct Stopper {
+    end: Arc<End>,
+    hardware: Arc<Hardware>,
+}
 
 impl Stopper {
     /// Ends the machine as if its plug were pulled. Does nothing when it has ended.
     pub fn stop(&self) {
-        self.0.now(ExitReason::Stopped);
+        self.end.now(ExitReason::Stopped);
+    }
+
+    /// Presses the power button: see [`Running::power_button`].
+    pub fn power_button(&self) {
+        self.hardware.power_button();
     }
 }
 
@@ -108,14 +118,44 @@ impl Running {
         self.end.reason()
     }
 
+    /// Waits at most `limit` for the end.
+    pub fn wait_for(&self, limit: Duration) -> Option<ExitReason> {
+        let deadline = Instant::now() + limit;
+        while self.end.reason().is_none() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
+            let mut fd = [PollFd::from_borrowed_fd(self.end.fd(), PollFlags::IN)];
+            // Otherwise it has ended, or a signal came: the loop's condition tells.
+            if poll(&mut fd, Some(&left)) == Ok(0) {
+                break;
+            }
+        }
+        self.end.reason()
+    }
+
+    /// Asks the guest to shut down by its power button, and waits; pulls the plug when `patience` is at its end.
+    pub fn shutdown(self, patience: Duration) -> ExitReason {
+        self.power_button();
+        if self.wait_for(patience).is_none() {
+            self.stop();
+        }
+        self.wait()
+    }
+
     /// Ends the machine as if its plug were pulled; [`Self::wait`] then returns [`ExitReason::Stopped`].
     pub fn stop(&self) {
         self.end.now(ExitReason::Stopped);
     }
 
+    /// Presses the machine's power button, and returns at once: an operating system that listens to it (systemd-logind and our
+    /// own init do) shuts down and powers off. Nothing forces it to.
+    pub fn power_button(&self) {
+        self.hardware.power_button();
+    }
+
     /// A handle that stops the machine while another thread waits for it.
     pub fn stopper(&self) -> Stopper {
-        Stopper(Arc::clone(&self.end))
+        Stopper { end: Arc::clone(&self.end), hardware: Arc::clone(&self.hardware) }
     }
 
     /// The door to the machine for other threads.
