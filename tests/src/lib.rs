@@ -27,11 +27,22 @@ pub fn pontoon() -> PathBuf {
     if let Some(path) = std::env::var_os("PONTOON_BIN") {
         return path.into();
     }
+    build(&["--bin", "pontoon"], "pontoon")
+}
+
+/// An example program of the library, built if it isn't there.
+pub fn example(name: &str) -> PathBuf {
+    build(&["--example", name], &format!("examples/{name}"))
+}
+
+/// What `cargo build -p vmm` makes of `what`, at `path` beside the tests.
+fn build(what: &[&str], path: &str) -> PathBuf {
     let test = std::env::current_exe().expect("a test has a path");
     // target/TRIPLE/debug/deps/TEST
-    let built = test.parent().and_then(Path::parent).expect("tests are in deps/").join("pontoon");
+    let built = test.parent().and_then(Path::parent).expect("tests are in deps/").join(path);
     let status = Command::new(env!("CARGO"))
-        .args(["build", "--quiet", "--locked", "-p", "vmm", "--bin", "pontoon"])
+        .args(["build", "--quiet", "--locked", "-p", "vmm"])
+        .args(what)
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
         .status()
         .expect("cargo runs, it built this test");

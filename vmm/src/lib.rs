@@ -11,6 +11,7 @@
 //! | [`console`] | a terminal in raw mode, its escape, serial input |
 //! | [`runtime`] | the folder in which a user's machines are found, and who lives in it |
 //! | [`lab`] | an emulated host with AMD-V, for hosts that have none |
+//! | [`network`] | a network that several machines share |
 //! | [`world`] | echo and DNS servers on loopback, for guests that are to prove something |
 //!
 //! Networks are the crate `net`: a NIC is plugged into any [`net::FramePort`], such as [`net::nat::Nat`] or
@@ -26,6 +27,7 @@ pub mod lab;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod network;
 pub mod runtime;
 #[cfg(test)]
 #[path = "../../tests/src/skip.rs"]

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 use std::thread;
@@ -195,6 +196,17 @@ impl MachineBuilder {
     pub fn serial_input(mut self, source: OwnedFd) -> Self {
         self.serial_input = Some(source);
         self
+    }
+
+    /// The console as a stream: what the guest writes to COM1 is read from it, what is written to it the guest reads. A
+    /// reader that falls behind never blocks the guest for long: see [`devices::serial`].
+    ///
+    /// # Errors
+    /// When the process may have no more descriptors.
+    pub fn console(self) -> io::Result<(Self, UnixStream)> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let output = ours.try_clone()?;
+        Ok((self.serial_output(output).serial_input(ours.into()), theirs))
     }
 
     /// Holds serial input back until the guest is ready for it, so that bytes from a pipe are not lost to a driver that

@@ -1,0 +1,50 @@
+//! Runs a command in a machine without a network, with a deadline, and tells what became of it.
+//!
+//! `sandbox SECONDS COMMAND [ARGUMENTS…]`
+//!
+//! The guest is the image `debian` (`pontoon image build debian`). The command's output goes to standard output, and its status
+//! is the exit status; 124 when the deadline has passed.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use guest_images::Store;
+use guest_images::initrd::{self, Console, Request};
+use vmm::boot::Kernel;
+use vmm::machine::Machine;
+
+fn main() -> Result<ExitCode> {
+    let mut words = std::env::args().skip(1);
+    let seconds: u64 = words.next().and_then(|word| word.parse().ok()).context("how many seconds?")?;
+    let argv: Vec<String> = words.collect();
+    if argv.is_empty() {
+        bail!("which command?");
+    }
+    let image = Store::open_default()?.get("debian")?;
+    let request = Request { argv, console: Console::Bytes, ..Request::default() };
+    let initrd = fs::read(&image.initrd).context("reading the initrd")?;
+    let (builder, mut console) = Machine::builder()
+        .kernel(Kernel::Path(image.kernel))
+        .initrd(Kernel::Bytes(initrd::with_request(&initrd, &request)?.into()))
+        .cmdline("console=ttyS0 panic=-1 loglevel=3")
+        .memory(256 << 20)
+        .console()?;
+    let machine = builder.build()?.start()?;
+
+    // The console ends with the machine, whatever ends it; a thread that reads it needs no deadline of its own.
+    let output = std::thread::spawn(move || {
+        let mut text = Vec::new();
+        console.read_to_end(&mut text).map(|_| text)
+    });
+    if machine.wait_for(Duration::from_secs(seconds)).is_none() {
+        machine.stop();
+    }
+    let reason = machine.wait();
+    let text = output.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
+    io::stdout().write_all(&text)?;
+    writeln!(io::stderr(), "{reason}")?;
+    Ok(ExitCode::from(reason.status()))
+}
