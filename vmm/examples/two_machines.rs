@@ -6,10 +6,10 @@
 //! is the first one's.
 
 use std::borrow::Cow;
-use std::io::{self, BufRead, BufReader, Read as _};
+use std::io::{self, BufRead, BufReader, Read as _, Write as _};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use net::nat::NatConfig;
 use vmm::boot::Kernel;
 use vmm::machine::{Machine, Running};
@@ -28,12 +28,13 @@ fn start(network: &Network, name: &str, orders: &str) -> Result<(Running, impl B
 }
 
 fn main() -> Result<ExitCode> {
+    let mut out = io::stdout().lock();
     let network = Network::nat(NatConfig::default())?;
     let (second, mut says) = start(&network, "second", "wait=20000")?;
     // It can be found by its name once it has its lease.
     for line in says.by_ref().lines() {
         let line = line?;
-        println!("second: {line}");
+        writeln!(out, "second: {line}")?;
         if line.contains(r#""order":"dhcp""#) {
             break;
         }
@@ -41,14 +42,13 @@ fn main() -> Result<ExitCode> {
     let (first, says) = start(&network, "first", "ping=second.internal,count=3,interval=10,timeout=3000")?;
     for line in says.lines() {
         let line = line?;
-        println!("first: {line}");
+        writeln!(out, "first: {line}")?;
         if line.contains(r#""event":"exit""#) {
             break;
         }
     }
     let reason = first.wait();
     second.stop();
-    io::Write::flush(&mut io::stdout()).context("writing the reports")?;
-    println!("first: {reason}; second: {}", second.wait());
+    writeln!(out, "first: {reason}; second: {}", second.wait())?;
     Ok(ExitCode::from(reason.status()))
 }
