@@ -5,7 +5,8 @@
 //! closed, the client gets a RST.
 //!
 //! While no guest is known that the port could lead to, clients wait in the host's backlog, for [`PATIENCE`] at
-//! most; then they get a RST. A guest that is known but silent is asked four times (15 s).
+//! most; then they get a RST. A guest that is known but silent is asked four times (15 s). They wait there, too, while
+//! the host has no descriptor or no memory for them; it is asked again every [`RETRY`].
 
 use std::collections::VecDeque;
 use std::io;
@@ -23,6 +24,8 @@ use crate::nat::poller::{Owner, Token};
 
 /// How long clients wait for a guest to appear.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the host is left alone that could not accept.
+const RETRY: Duration = Duration::from_secs(1);
 /// Clients that one call accepts, so that a flood does not keep others waiting.
 const ACCEPTS: usize = 64;
 /// Ports that are tried for a client whose own is taken.
@@ -35,6 +38,16 @@ pub(super) struct Listener {
     sock: SockId,
     /// Clients may wait in the backlog, since then.
     since: Option<Instant>,
+    /// The host could not accept them; it is asked again then.
+    again: Option<Instant>,
+}
+
+/// What is left in a listener's backlog.
+enum Left {
+    Nobody,
+    Perhaps,
+    /// Those for whom the host has nothing now.
+    Refused,
 }
 
 /// All of them, in the order of the configuration.
@@ -59,7 +72,7 @@ impl Listeners {
             };
             let addr = SocketAddrV4::new(publish.addr, publish.host_port);
             let sock = cx.host.listen(addr, token).map_err(|error| refused(publish, error))?;
-            let listener = Listener { publish: publish.clone(), sock, since: None };
+            let listener = Listener { publish: publish.clone(), sock, since: None, again: None };
             self.all.push(listener);
         }
         Ok(())
@@ -82,7 +95,11 @@ impl Listeners {
 
     /// When somebody has waited long enough.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.waiting.iter().filter_map(|at| self.all[*at].since).min().map(|since| since + PATIENCE)
+        let due = |at: &usize| {
+            let listener = &self.all[*at];
+            listener.again.or_else(|| listener.since.map(|since| since + PATIENCE))
+        };
+        self.waiting.iter().filter_map(due).min()
     }
 }
 
@@ -94,6 +111,11 @@ fn refused(publish: &Publish, source: io::Error) -> NatError {
         Some(libc::EADDRNOTAVAIL) => NatError::NoSuchAddress { publish },
         _ => NatError::Publish { publish, source },
     }
+}
+
+/// Whether the host lacks what an accept needs.
+fn is_shortage(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
 }
 
 fn guest(cx: &Cx<'_>, to: PublishTo) -> Option<Ipv4Addr> {
@@ -119,12 +141,18 @@ impl Tcp {
                 continue;
             }
             let to = guest.map(|guest| SocketAddrV4::new(guest, publish.guest_port));
-            if self.accept_some(cx, sock, to) {
-                self.listeners.waiting.push_back(at);
-                self.fresh = true;
-            } else {
-                self.listeners.all[at].since = None;
+            let left = self.accept_some(cx, sock, to);
+            let listener = &mut self.listeners.all[at];
+            listener.again = None;
+            match left {
+                Left::Nobody => {
+                    listener.since = None;
+                    continue;
+                }
+                Left::Perhaps => self.fresh = true,
+                Left::Refused => listener.again = Some(cx.now + RETRY),
             }
+            self.listeners.waiting.push_back(at);
         }
     }
 
@@ -135,15 +163,20 @@ impl Tcp {
             && (self.fresh || due || self.listeners.seen != cx.neighbours.version())
     }
 
-    /// Accepts clients; those that lead nowhere get a RST. Says whether there may be more.
-    fn accept_some(&mut self, cx: &mut Cx<'_>, listener: SockId, to: Option<SocketAddrV4>) -> bool {
+    /// Accepts clients; those that lead nowhere get a RST.
+    fn accept_some(&mut self, cx: &mut Cx<'_>, listener: SockId, to: Option<SocketAddrV4>) -> Left {
         for _ in 0..ACCEPTS {
             let (sock, client) = match cx.host.accept(listener) {
                 Ok(accepted) => accepted,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Left::Nobody,
                 Err(error) => {
-                    cx.drop(DropReason::TableFull, || format!("accept on a published port: {error}"));
-                    return false;
+                    let short = is_shortage(&error);
+                    let reason = if short { DropReason::TableFull } else { DropReason::HostSocket };
+                    cx.drop(reason, || format!("accept on a published port: {error}"));
+                    if short {
+                        return Left::Refused;
+                    }
+                    continue; // accept(2): an error of that client's connection, which is gone
                 }
             };
             let opened = to.is_some_and(|guest| self.open_to(cx, sock, guest, client));
@@ -152,7 +185,7 @@ impl Tcp {
                 cx.host.close(sock, Close::Reset);
             }
         }
-        true
+        Left::Perhaps
     }
 
     /// Opens a connection from the gateway to a guest for a stream of this host; one that can't be opened is closed.

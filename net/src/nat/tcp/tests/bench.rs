@@ -53,6 +53,8 @@ pub(super) struct SimHost {
     pub(super) connect_error: Option<i32>,
     /// Clients of the published port.
     pub(super) backlog: VecDeque<SocketAddrV4>,
+    /// What the next accepts fail with, and whether the client is gone with it.
+    pub(super) accept_errors: VecDeque<(i32, bool)>,
     next: u32,
 }
 
@@ -109,6 +111,10 @@ impl StreamHost for SimHost {
     }
 
     fn accept(&mut self, _listener: SockId) -> io::Result<(SockId, SocketAddrV4)> {
+        if let Some((error, gone)) = self.accept_errors.pop_front() {
+            self.backlog.drain(..usize::from(gone));
+            return Err(io::Error::from_raw_os_error(error));
+        }
         let client = self.backlog.pop_front().ok_or(io::ErrorKind::WouldBlock)?;
         Ok((self.insert(None, None), client))
     }

@@ -138,6 +138,30 @@ fn a_full_table_resets_clients() {
 }
 
 #[test]
+fn a_client_waits_while_the_host_has_no_descriptor_for_it() {
+    let mut bench = published();
+    bench.host.accept_errors.extend([(libc::EMFILE, false), (libc::ENOMEM, false)]);
+    client(&mut bench, LOCAL);
+    for refused in 1..=2 {
+        assert_eq!(bench.turn(), NOTHING);
+        assert_eq!((bench.host.backlog.len(), bench.dropped(DropReason::TableFull)), (1, refused));
+        bench.pass_to_deadline();
+    }
+    assert_eq!(bench.turn(), ["SYN 0+0 ack 0"]);
+    assert_eq!(bench.tcp.len(), 1);
+}
+
+#[test]
+fn a_client_that_is_gone_before_it_is_accepted_keeps_nobody_waiting() {
+    let mut bench = published();
+    bench.host.accept_errors.push_back((libc::ECONNABORTED, true));
+    bench.host.backlog.push_back("10.0.0.1:1000".parse().unwrap());
+    client(&mut bench, LOCAL);
+    assert_eq!(bench.turn(), ["SYN 0+0 ack 0"]);
+    assert_eq!(bench.tcp.flows()[0].world, "192.168.122.1:55000".parse().unwrap());
+}
+
+#[test]
 fn a_flood_of_clients_is_served_in_turns() {
     let mut bench = published();
     for port in 1000..1100 {
