@@ -98,6 +98,12 @@ impl Services {
         self.dns.expire(cx);
     }
 
+    /// Questions of guests that the host's servers were asked by datagram.
+    #[cfg(test)]
+    pub(crate) fn questions(&self) -> usize {
+        self.dns.inflight()
+    }
+
     /// A machine was unplugged from the network.
     pub(crate) fn unplug(&mut self, mac: MacAddr, now: Instant) {
         self.dhcp.unplug(mac, now);

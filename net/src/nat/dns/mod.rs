@@ -168,7 +168,7 @@ impl Dns {
     }
 
     /// Questions under way.
-    fn inflight(&self) -> usize {
+    pub(crate) fn inflight(&self) -> usize {
         self.conns.len() - self.streams - self.upstreams
     }
 

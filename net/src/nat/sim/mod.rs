@@ -1,7 +1,7 @@
 //! The whole NAT against a simulated host, world and guests, in virtual time.
 //!
-//! A seed makes a run: hundreds of TCP connections, datagrams and pings, with losses, stalls, resets, full rings and
-//! failing calls. `recv` is called exactly when the contract of [`FramePort`] says, so that a wake-up that is lost is a
+//! A seed makes a run: hundreds of TCP connections, datagrams, pings, leases and questions, with losses, stalls, resets,
+//! full rings and failing calls. `recv` is called exactly when the contract of [`FramePort`] says, so that a wake-up that is lost is a
 //! connection that never ends. Checked: every byte arrives once and in order on both sides; connections that nobody
 //! disturbs end in an orderly way; what is idle is silent; sockets and flows agree, and none is left at the end.
 //!
@@ -10,8 +10,10 @@
 
 mod guest;
 mod host;
+mod services;
+mod world;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -19,8 +21,10 @@ use std::time::Duration;
 use vm_memory::VolatileSlice;
 
 use self::guest::{Endpoint, Outcome, Segment};
-use self::host::{Plan, SimHost, World, world_addr};
-use super::{Nat, NatConfig, Publish, PublishProtocol, PublishTo};
+use self::host::SimHost;
+use self::services::{Errand, Services};
+use self::world::{Plan, World, world_addr};
+use super::{Nat, NatConfig, Publish, PublishProtocol, PublishTo, Reservation};
 use crate::checksum::{Sum, checksum};
 use crate::nat::ipv4::{DONT_FRAGMENT, Ipv4Out, protocol};
 use crate::{
@@ -29,9 +33,11 @@ use crate::{
 
 /// Seeds of every run of the tests.
 const SEEDS: u64 = 32;
-/// Seeds that failed once, with what they found.
+/// Seeds that failed once, with what they found. They are other runs since what a run does has changed; unit tests keep the
+/// cases.
 const FOUND: &[u64] = &[
     2,   // a retransmission that acknowledged more left the old window in place, and its edge moved
+    20,  // a client of a published port waited for ever once the host had no descriptor for it
     231, // TCP used up every turn, and datagrams waited in their sockets until these were closed
 ];
 /// Connections of a run; of every sixteenth run, with several hundred at once.
@@ -71,7 +77,17 @@ fn mac(addr: Ipv4Addr) -> MacAddr {
 }
 
 /// A guest's frame, its transport checksum complete or partial.
-fn frame((src, dst): (Ipv4Addr, Ipv4Addr), protocol: u8, mut payload: Vec<u8>, complete: bool) -> Vec<u8> {
+fn frame(addrs: (Ipv4Addr, Ipv4Addr), protocol: u8, payload: Vec<u8>, complete: bool) -> Vec<u8> {
+    frame_from(mac(addrs.0), addrs, protocol, payload, complete)
+}
+
+fn frame_from(
+    own: MacAddr,
+    (src, dst): (Ipv4Addr, Ipv4Addr),
+    protocol: u8,
+    mut payload: Vec<u8>,
+    complete: bool,
+) -> Vec<u8> {
     let at = match protocol {
         protocol::TCP => 16,
         protocol::UDP => 6,
@@ -90,7 +106,7 @@ fn frame((src, dst): (Ipv4Addr, Ipv4Addr), protocol: u8, mut payload: Vec<u8>, c
     payload[at..at + 2].copy_from_slice(&sum.to_be_bytes());
     let fragment = DONT_FRAGMENT;
     let out = Ipv4Out { src, dst, protocol, ttl: 64, tos: 0, id: 7, fragment };
-    out.frame(NatConfig::default().gateway_mac, mac(src), &payload)
+    out.frame(NatConfig::default().gateway_mac, own, &payload)
 }
 
 /// The guest's receive ring.
@@ -134,7 +150,8 @@ struct Sim {
     most: usize,
     by_port: HashMap<(Ipv4Addr, u16, SocketAddrV4), usize>,
     starts: BTreeMap<Duration, usize>,
-    datagrams: BTreeMap<Duration, (usize, bool)>,
+    errands: BTreeMap<Duration, (usize, Errand)>,
+    services: Services,
     refill_at: Option<Duration>,
     loss: u64,
     offload: bool,
@@ -154,13 +171,18 @@ impl Sim {
         let mut config = NatConfig::default();
         config.limits.tcp_idle = Duration::from_secs(300);
         config.limits.frames_per_turn = 4 + rng.below(200) as usize;
-        config.publish.push(Publish {
-            addr: Ipv4Addr::LOCALHOST,
-            host_port: 8080,
-            guest_port: 80,
-            protocol: PublishProtocol::Tcp,
-            to: PublishTo::Addr(guest_addr(0)),
-        });
+        let (echo, port) = services::ECHO;
+        for (protocol, guest, guest_port) in
+            [(PublishProtocol::Tcp, 0, 80), (PublishProtocol::Udp, echo, port)]
+        {
+            let (addr, to) = (Ipv4Addr::LOCALHOST, PublishTo::Addr(guest_addr(guest)));
+            config.publish.push(Publish { addr, host_port: 8080, guest_port, protocol, to });
+        }
+        for n in 0..GUESTS {
+            let (mac, addr) = (mac(guest_addr(n)), guest_addr(n));
+            config.reservations.push(Reservation { mac, addr, name: Some(format!("g{n}")) });
+        }
+        config.dns = services::servers();
         let host = SimHost { world: Arc::clone(&world), fd };
         let mut nat = Nat::on(config, Box::new(host)).unwrap();
         let offload = rng.chance(50);
@@ -185,7 +207,8 @@ impl Sim {
             most: 0,
             by_port: HashMap::new(),
             starts: BTreeMap::new(),
-            datagrams: BTreeMap::new(),
+            errands: BTreeMap::new(),
+            services: Services::default(),
             refill_at: None,
             loss,
             offload,
@@ -231,11 +254,21 @@ impl Sim {
             self.starts.insert(start, flow);
             let mut world = self.world.lock().unwrap();
             world.plans.push(plan);
-            world.remotes.push(host::Remote::default());
+            world.remotes.push(world::Remote::default());
         }
-        for n in 0..60 {
-            let at = Duration::from_micros(self.rng.below(20_000_000));
-            self.datagrams.insert(at, (n % GUESTS, self.rng.chance(30)));
+        for (errand, count) in [
+            (Errand::Datagram, 40),
+            (Errand::Ping, 20),
+            (Errand::Arp, 10),
+            (Errand::Question, 40),
+            (Errand::Lease, 20),
+            (Errand::Client, 20),
+        ] {
+            for n in 0..count {
+                // By then everybody has said something.
+                let at = Duration::from_nanos(3_000_000_000 + self.rng.below(20_000_000_000));
+                self.errands.insert(at, (n % GUESTS, errand));
+            }
         }
     }
 
@@ -258,20 +291,27 @@ impl Sim {
         }
     }
 
-    fn datagram(&mut self, guest: usize, ping: bool) {
-        let to = Ipv4Addr::new(10, 200, 0, self.rng.below(8) as u8);
-        let mut payload = vec![0; 8 + self.rng.below(1000) as usize];
-        let (kind, at) = if ping { (protocol::ICMP, 4) } else { (protocol::UDP, 0) };
-        payload[at..at + 2].copy_from_slice(&(5000 + self.rng.below(20) as u16).to_be_bytes());
-        if ping {
-            payload[0] = 8;
-        } else {
-            payload[2..4].copy_from_slice(&9000u16.to_be_bytes());
-            let len = payload.len() as u16;
-            payload[4..6].copy_from_slice(&len.to_be_bytes());
-        }
-        let frame = frame((guest_addr(guest), to), kind, payload, true);
+    fn errand(&mut self, guest: usize, errand: Errand) {
+        let frame = match errand {
+            Errand::Datagram | Errand::Ping => self.datagram(guest, matches!(errand, Errand::Ping)),
+            Errand::Client => {
+                let (from, data) = self.services.client(&mut self.rng);
+                return self.world().datagram(from, data);
+            }
+            _ => self.services.errand(errand, guest_addr(guest), &mut self.rng),
+        };
         self.out.push((VnetHdr::default(), frame));
+    }
+
+    fn datagram(&mut self, guest: usize, ping: bool) -> Vec<u8> {
+        let to = Ipv4Addr::new(10, 200, 0, self.rng.below(8) as u8);
+        let data = vec![0; self.rng.below(1000) as usize];
+        let port = 5000 + self.rng.below(20) as u16;
+        if !ping {
+            return frame((guest_addr(guest), to), protocol::UDP, services::udp(port, 9000, &data), true);
+        }
+        let echo = [&[8, 0, 0, 0][..], &port.to_be_bytes(), &[0, 0], &data].concat();
+        frame((guest_addr(guest), to), protocol::ICMP, echo, true)
     }
 
     /// What the guests do now.
@@ -280,9 +320,9 @@ impl Sim {
             let flow = entry.remove();
             self.start(flow, now);
         }
-        while let Some(entry) = self.datagrams.first_entry().filter(|e| *e.key() <= now) {
-            let (guest, ping) = entry.remove();
-            self.datagram(guest, ping);
+        while let Some(entry) = self.errands.first_entry().filter(|e| *e.key() <= now) {
+            let (guest, errand) = entry.remove();
+            self.errand(guest, errand);
         }
         while let Some(entry) = self.wire.first_entry().filter(|e| e.key().0 <= now) {
             let (hdr, frame) = entry.remove();
@@ -297,8 +337,9 @@ impl Sim {
 
     /// A frame arrives in a guest.
     fn arrived(&mut self, hdr: VnetHdr, frame: &[u8], now: Duration) {
-        if frame[12..14] != [8, 0] {
-            return;
+        if frame[12..14] == [8, 6] {
+            let answer = self.services.arp(frame);
+            return self.out.extend(answer.map(|frame| (VnetHdr::default(), frame)));
         }
         assert_eq!(checksum(&frame[14..34]), 0, "an IPv4 header");
         let addr = |at: usize| Ipv4Addr::new(frame[at], frame[at + 1], frame[at + 2], frame[at + 3]);
@@ -320,11 +361,13 @@ impl Sim {
                 assert_eq!(sum.finish(), 0, "a transport checksum");
             }
         }
-        if frame[23] == protocol::UDP {
-            self.answers += 1;
-            return;
-        }
         let word = |at: usize| u16::from_be_bytes([payload[at], payload[at + 1]]);
+        if frame[23] == protocol::UDP {
+            let (from, to) = (SocketAddrV4::new(src, word(0)), SocketAddrV4::new(dst, word(2)));
+            self.answers += u64::from(src != self.nat.config().gateway());
+            let answer = self.services.datagram(from, to, &payload[8..]);
+            return self.out.extend(answer.map(|frame| (VnetHdr::default(), frame)));
+        }
         let long = |at: usize| u32::from(word(at)) << 16 | u32::from(word(at + 2));
         let header = usize::from(payload[12] >> 4) * 4;
         let (options, data) = (&payload[20..header], &payload[header..]);
@@ -410,7 +453,8 @@ impl Sim {
         let (udp, icmp) = self.nat.datagram_flows();
         let flows = self.nat.tcp_flows().len();
         self.most = self.most.max(flows);
-        assert_eq!(self.nat.open_sockets(), flows + udp + icmp + 1, "sockets and flows");
+        let questions = self.nat.services.questions();
+        assert_eq!(self.nat.open_sockets(), flows + udp + icmp + questions + 1, "sockets and flows");
         let counters = self.nat.counters();
         assert_eq!((counters.rx_frames, counters.tx_frames), (self.committed, self.taken));
     }
@@ -419,9 +463,9 @@ impl Sim {
         let wire = self.wire.keys().next().map(|(at, _)| *at);
         let ends = self.live.iter().filter_map(|at| self.ends[*at].next()).min();
         let starts = self.starts.keys().next().copied();
-        let datagrams = self.datagrams.keys().next().copied();
+        let errands = self.errands.keys().next().copied();
         let world = self.world().next(self.refill_at.is_none());
-        [wire, ends, starts, datagrams, self.refill_at, world].into_iter().flatten().min()
+        [wire, ends, starts, errands, self.refill_at, world].into_iter().flatten().min()
     }
 
     fn run(&mut self) {
@@ -448,8 +492,8 @@ impl Sim {
     /// What holds when all is over.
     fn finish(&mut self) {
         assert_eq!(self.nat.tcp_flows(), [], "flows are left");
-        assert_eq!(self.nat.datagram_flows(), (0, 0));
-        assert_eq!(self.nat.open_sockets(), 1, "the listener");
+        assert_eq!(self.nat.datagram_flows(), (1, 0), "the published port");
+        assert_eq!(self.nat.open_sockets(), 2, "the published ports");
         assert!(self.ends.len() < MANY_FLOWS || self.most > 200, "{} at once", self.most);
         let world = self.world();
         let refused = self.nat.counters().dropped(DropReason::TableFull) > 0;
@@ -461,7 +505,7 @@ impl Sim {
             let disturbed = plan.world_resets.is_some()
                 || plan.guest_resets.is_some()
                 || plan.connect.is_err() && !plan.published
-                || refused;
+                || remote.failed;
             if outcome == Some(Outcome::Orderly) && !remote.reset {
                 assert_eq!((end.got, remote.got), (plan.to_guest, plan.to_world), "{}", detail());
                 assert!(remote.eof && remote.fin, "{}", detail());
@@ -473,6 +517,11 @@ impl Sim {
             if !disturbed && !lost_ack {
                 assert_eq!((outcome, remote.reset), (Some(Outcome::Orderly), false), "{}", detail());
             }
+        }
+        if self.loss == 0 {
+            self.services.finish();
+            let echoes: BTreeSet<u16> = world.echoes.union(&world.failed_echoes).copied().collect();
+            assert_eq!(echoes, self.services.sent, "what came to the published port");
         }
         if self.loss == 0 && !refused {
             let drops: Vec<_> = self.nat.counters().drops().map(|(why, n)| format!("{why:?} {n}")).collect();
