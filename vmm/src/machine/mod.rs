@@ -32,4 +32,4 @@ pub use crate::vcpu::{CpuState, Failure};
 pub use builder::{DEFAULT_CMDLINE, DEFAULT_MEMORY, Machine, MachineBuilder, Nic};
 pub use error::{BuildError, StartError};
 pub use exit::ExitReason;
-pub use running::{Counters, NicCounters, Remote, Running, Stopper};
+pub use running::{Counters, NicCounters, Remote, Running};

@@ -51,26 +51,8 @@ pub struct Running {
     pub(super) hardware: Arc<Hardware>,
 }
 
-/// Stops a machine from elsewhere, such as a thread that waits for signals.
-#[derive(Clone)]
-pub struct Stopper {
-    end: Arc<End>,
-    hardware: Arc<Hardware>,
-}
-
-impl Stopper {
-    /// Ends the machine as if its plug were pulled. Does nothing when it has ended.
-    pub fn stop(&self) {
-        self.end.now(ExitReason::Stopped);
-    }
-
-    /// Presses the power button: see [`Running::power_button`].
-    pub fn power_button(&self) {
-        self.hardware.power_button();
-    }
-}
-
-/// The door to a machine for what serves it or watches it from elsewhere. Keeps nothing of the machine alive.
+/// The door to a machine for what serves it, watches it or ends it from elsewhere, such as a thread that waits for signals. Keeps
+/// nothing of the machine alive.
 #[derive(Clone)]
 pub struct Remote {
     end: Arc<End>,
@@ -93,6 +75,13 @@ impl Remote {
     /// Ends the machine as if its plug were pulled. Does nothing when it has ended.
     pub fn stop(&self) {
         self.end.now(ExitReason::Stopped);
+    }
+
+    /// Presses the power button: see [`Running::power_button`]. Does nothing when the machine has ended.
+    pub fn power_button(&self) {
+        if let Some(hardware) = self.hardware.upgrade() {
+            hardware.power_button();
+        }
     }
 
     /// What the devices have seen so far; `None` when they are gone.
@@ -153,12 +142,7 @@ impl Running {
         self.hardware.power_button();
     }
 
-    /// A handle that stops the machine while another thread waits for it.
-    pub fn stopper(&self) -> Stopper {
-        Stopper { end: Arc::clone(&self.end), hardware: Arc::clone(&self.hardware) }
-    }
-
-    /// The door to the machine for other threads.
+    /// A handle for another thread, while this one waits.
     pub fn remote(&self) -> Remote {
         Remote::new(&self.end, &self.hardware)
     }

@@ -164,7 +164,7 @@ fn a_machine_that_sleeps_is_stopped() {
     // hlt, with interrupts off
     let Some(machine) = machine(&[0xf4, 0xeb, 0xfd]) else { return };
     let running = machine.cpus(2).build().unwrap().start().unwrap();
-    let stopper = running.stopper();
+    let stopper = running.remote();
     let stopping = std::thread::spawn(move || stopper.stop());
     assert_eq!(running.wait(), ExitReason::Stopped);
     stopping.join().unwrap();

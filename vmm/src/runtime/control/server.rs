@@ -291,7 +291,10 @@ impl Server {
                 Then::Answer(json!({ "ok": true }))
             }
             Request::Console { write } => Then::Attach { write: *write },
-            Request::PowerButton => Then::Answer(refusal("this machine has no power button")),
+            Request::PowerButton => {
+                self.remote.power_button();
+                Then::Answer(json!({ "ok": true }))
+            }
             Request::Connect { port, guest } => Then::Join { guest: *guest, port: *port },
             Request::Flows => Then::AskNetwork,
         }
