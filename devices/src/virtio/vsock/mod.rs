@@ -18,7 +18,7 @@
 //!
 //! **Bytes are not copied** on the way to the guest, and on the way to the host only when the host's socket is full.
 //!
-//! **Limits.** [`MAX_CONNECTIONS`] at a time; [`BUF_ALLOC`] bytes kept for the host per connection, which is what the guest
+//! **Limits.** [`MAX_CONNECTIONS`] at a time, [`KEPT_FOR_HOST`] of them out of the guest's reach; [`BUF_ALLOC`] bytes kept for the host per connection, which is what the guest
 //! has credit for; nothing is kept for the guest: what it does not take stays in the host's socket. [`MAX_LINE`] bytes of a
 //! client's first line. A turn takes [`TX_BUDGET`] and gives [`RX_BUDGET`] packets.
 //!
@@ -52,7 +52,7 @@ pub use credit::BUF_ALLOC;
 pub use error::{MAX_PATH, VsockError};
 pub use host::MAX_LINE;
 pub use queues::{RX_BUDGET, TX_BUDGET};
-pub use table::{FIRST_HOST_PORT, HOST_CID, MAX_CONNECTIONS, RESETS};
+pub use table::{FIRST_HOST_PORT, HOST_CID, KEPT_FOR_HOST, MAX_CONNECTIONS, RESETS};
 pub use worker::VsockWorker;
 
 use counters::VsockCounters;

@@ -1,7 +1,7 @@
 //! The connections of a device, and what waits to be told to the guest.
 //!
-//! At most [`MAX_CONNECTIONS`], of any state; beyond that a client is hung up on and the guest gets RST. Connections of
-//! which nothing is left but the guest's last word make room first.
+//! At most [`MAX_CONNECTIONS`], of any state; beyond that a client is hung up on. The guest gets RST [`KEPT_FOR_HOST`] earlier.
+//! Connections of which nothing is left but the guest's last word make room first.
 //!
 //! A connection that has something for the guest stands in `ready`, once, and takes its turns one packet at a time.
 //! RSTs for connections that do not exist (any more) wait in `resets`, before everything else. A packet of the guest
@@ -23,6 +23,8 @@ use super::packet::{Header, Op, STREAM};
 
 /// Most connections at a time, of any state.
 pub const MAX_CONNECTIONS: usize = 256;
+/// Of these, so many are for clients of the host: a guest can't lock it out.
+pub const KEPT_FOR_HOST: usize = 32;
 /// RSTs that wait for a receive buffer before the guest's packets are left in their ring.
 pub const RESETS: usize = 256;
 /// The host's CID (`VMADDR_CID_HOST`).
@@ -109,14 +111,13 @@ impl Table {
         self.resets.clear();
     }
 
-    /// A slot for one more connection.
-    fn find_room(&mut self) -> Result<usize, Refusal> {
-        if let Some(free) = self.slots.iter().position(Option::is_none) {
-            return Ok(free);
-        }
-        if self.slots.len() < MAX_CONNECTIONS {
-            self.slots.push(None);
-            return Ok(self.slots.len() - 1);
+    /// A slot for one more connection where there may be `limit` of them.
+    fn find_room(&mut self, limit: usize) -> Result<usize, Refusal> {
+        if self.open < limit {
+            return Ok(self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
+                self.slots.push(None);
+                self.slots.len() - 1
+            }));
         }
         let is_closing = |slot: &Option<Box<Connection>>| slot.as_ref().is_some_and(|it| it.is_closing());
         let closing = self.slots.iter().position(is_closing).ok_or(Refusal::TableFull)?;
@@ -168,7 +169,7 @@ impl Table {
 
     /// A client has connected.
     pub(super) fn client(&mut self, socket: OwnedFd, counters: &VsockCounters) {
-        match self.find_room() {
+        match self.find_room(MAX_CONNECTIONS) {
             Ok(room) => {
                 let slot = self.insert(room, Connection::client(socket));
                 // Its line may have come with it.
@@ -238,8 +239,8 @@ impl Table {
 
     // From the guest.
 
-    /// A packet of the guest; its payload is `pieces[start..]`, as long as the header says, or not there at all when
-    /// `whole` is false.
+    /// A packet of the guest. Its payload is `pieces[start..]`, as long as the header says; `None` when its chain is
+    /// too short for it.
     pub(super) fn guest_packet(
         &mut self,
         header: &Header,
@@ -319,7 +320,8 @@ impl Table {
                 Unreachable::NoResources => Refusal::NoResources,
             })
         };
-        match self.find_room().and_then(|room| connect().map(|socket| (room, socket))) {
+        let room = self.find_room(MAX_CONNECTIONS - KEPT_FOR_HOST);
+        match room.and_then(|room| connect().map(|socket| (room, socket))) {
             Ok((room, socket)) => {
                 let slot = self.insert(room, Connection::accepted(socket, key, header));
                 self.by_key.insert(key, slot);

@@ -157,6 +157,27 @@ fn the_table_is_bounded_and_says_so_to_both_sides() {
 }
 
 #[test]
+fn a_guest_with_many_connections_does_not_lock_the_host_out() {
+    let mut lab = Lab::new();
+    let server = lab.server(7);
+    let mut streams = Vec::new();
+    for guest in 0.. {
+        lab.send(Key { host: 7, guest }, Op::Request);
+        if lab.ops() == [Op::Rst] {
+            break;
+        }
+        streams.push(server.accept().unwrap());
+    }
+    assert_eq!(streams.len(), MAX_CONNECTIONS - KEPT_FOR_HOST);
+    // What is refused for want of room is not even tried.
+    assert_eq!(server.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
+    let clients: Vec<_> = (0..KEPT_FOR_HOST).map(|_| lab.connected(52)).collect();
+    let mut late = lab.stranger();
+    assert!(is_at_end(&mut late));
+    drop(clients);
+}
+
+#[test]
 fn connections_that_only_wait_for_the_guests_last_word_make_room() {
     let mut lab = Lab::new();
     let all: Vec<_> = (0..MAX_CONNECTIONS).map(|_| lab.connected(52)).collect();
