@@ -104,7 +104,7 @@ fn more_than_a_turns_bytes_take_more_turns_and_one_answer() {
     let head = guest.driver.add(2, &bufs);
     guest.driver.kick(2);
     guest.driver.run_once();
-    assert_eq!(guest.driver.used(2), [], "16 MiB are a turn");
+    assert_eq!(guest.driver.used(2), [], "a turn is bounded");
     assert_eq!(guest.handle.totals().reported_bytes, TURN_BYTES);
     guest.driver.run();
     assert_eq!(guest.driver.used(2), [(head, 0)]);

@@ -15,10 +15,11 @@ use super::release::Pages;
 use super::{DEFLATE, INFLATE, PAGE, Shared};
 use crate::virtio::{Direction, Interrupt, Memory, QueueError, Ring};
 
-/// Most bytes that are given back in a turn: a few milliseconds of the host's kernel.
-pub const TURN_BYTES: u64 = 16 << 20;
+/// Most bytes that are given back in a turn: a millisecond of the host's kernel, or a few where pages are costly (7 us each under a
+/// KVM in software).
+pub const TURN_BYTES: u64 = 2 << 20;
 /// Most separate ranges that are given back in a turn, and most chains that are answered.
-pub const TURN_PAGES: usize = 512;
+pub const TURN_PAGES: usize = 128;
 /// Most page numbers that are read of one chain.
 pub const MAX_NUMBERS: usize = 4096;
 

@@ -22,7 +22,7 @@ use crate::virtio::{Interrupt, Memory, QueueError, Ring};
 /// Most requests that a turn begins.
 pub const TURN_REQUESTS: usize = 64;
 /// A turn that has begun requests for so many bytes begins no more.
-pub const TURN_BYTES: usize = 4 << 20;
+pub const TURN_BYTES: usize = 2 << 20;
 
 const KICK: u32 = 0;
 const DONE: u32 = 1;
