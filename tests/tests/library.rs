@@ -125,8 +125,9 @@ fn a_sandbox_runs_a_command_without_a_network_and_returns_its_status() {
 }
 
 #[test]
-fn a_sandbox_is_ended_at_its_deadline() {
+fn a_sandbox_is_ended_at_its_deadline_by_its_power_button() {
     let Some(output) = in_lab("sandbox", &["15", "sh", "-c", "echo begun; sleep 1000"]) else { return };
     let all = text(&output);
     assert_eq!(output.status.code(), Some(124), "{all}");
+    assert!(all.contains("the guest powered off"), "{all}");
 }

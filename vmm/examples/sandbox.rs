@@ -3,7 +3,8 @@
 //! `sandbox SECONDS COMMAND [ARGUMENTS…]`
 //!
 //! The guest is the image `debian` (`pontoon image build debian`). The command's output goes to standard output, and its status
-//! is the exit status; 124 when the deadline has passed.
+//! is the exit status. When the deadline has passed, the guest is asked to shut down, a little later its plug is pulled, and the
+//! status is 124.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -15,6 +16,9 @@ use guest_images::Store;
 use guest_images::initrd::{self, Console, Request};
 use vmm::boot::Kernel;
 use vmm::machine::Machine;
+
+/// What the guest gets to shut down.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 fn main() -> Result<ExitCode> {
     let mut words = std::env::args().skip(1);
@@ -39,12 +43,10 @@ fn main() -> Result<ExitCode> {
         let mut text = Vec::new();
         console.read_to_end(&mut text).map(|_| text)
     });
-    if machine.wait_for(Duration::from_secs(seconds)).is_none() {
-        machine.stop();
-    }
-    let reason = machine.wait();
+    let in_time = machine.wait_for(Duration::from_secs(seconds)).is_some();
+    let reason = if in_time { machine.wait() } else { machine.shutdown(PATIENCE) };
     let text = output.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
     io::stdout().write_all(&text)?;
     writeln!(io::stderr(), "{reason}")?;
-    Ok(ExitCode::from(reason.status()))
+    Ok(ExitCode::from(if in_time { reason.status() } else { 124 }))
 }
