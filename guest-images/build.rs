@@ -9,6 +9,8 @@ mod init;
 mod lab_init;
 #[path = "build/nested.rs"]
 mod nested;
+#[path = "build/pack.rs"]
+mod pack;
 #[path = "build/probe.rs"]
 mod probe;
 
@@ -17,7 +19,6 @@ fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=build");
     agent::build();
-    init::build();
-    lab_init::build();
+    pack::pack(&[("INIT", init::build()), ("LAB_INIT", lab_init::build())]);
     probe::build();
 }

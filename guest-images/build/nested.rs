@@ -39,6 +39,12 @@ pub(crate) fn build(package: &str, binary: &str, rustflags: &[&str]) -> PathBuf 
     for name in NOT_FOR_GUESTS {
         cargo.env_remove(name);
     }
+    // The same goes for its profile: a guest has its own.
+    for (name, _) in
+        std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("CARGO_PROFILE_"))
+    {
+        cargo.env_remove(name);
+    }
     // Flags are separated by 0x1f in this variable, so they may hold spaces; it overrides any config file.
     cargo.env("CARGO_ENCODED_RUSTFLAGS", rustflags.join("\u{1f}"));
     cargo.current_dir(&manifest_dir);

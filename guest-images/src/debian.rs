@@ -85,7 +85,7 @@ pub(crate) fn recipe(suite: Suite, extra_modules: &[String]) -> String {
         hash.update((bytes.len() as u64).to_le_bytes());
         hash.update(bytes);
     };
-    part(crate::INIT);
+    part(&crate::INIT.id().to_le_bytes());
     part(crate::AGENT);
     part(suite.name().as_bytes());
     for (path, mode, content) in FILES {
@@ -194,7 +194,7 @@ fn compose(busybox: &Path, release: &str, modules: &modules::Modules) -> Result<
     tree.symlink("var/run", "/run")?.symlink("var/tmp", "/tmp")?;
     // The kernel opens it for init before anything is mounted.
     tree.char_device("dev/console", 0o600, 5, 1)?;
-    tree.file("init", 0o755, crate::INIT)?;
+    tree.file("init", 0o755, crate::INIT.bytes())?;
     tree.file("usr/sbin/pontoon-agent", 0o755, crate::AGENT)?;
     for (path, mode, content) in FILES {
         tree.file(path, mode, content)?;

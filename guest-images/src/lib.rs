@@ -6,13 +6,14 @@
 //! - [`deb`]: Debian packages without root: resolved, fetched, verified, unpacked.
 //! - [`cpio`]: the writer of initramfs archives.
 //! - [`progress`]: how long work tells what it does.
-//! - [`INIT`]: PID 1 of our Linux images, a program of its own in `init/`.
+//! - [`program`]: programs of their own for Linux guests: [`INIT`] (`init/`), [`LAB_INIT`] (`lab-init/`).
 //! - [`AGENT`]: the guest agent, a program of its own in `agent/`.
 
 pub mod cpio;
 pub mod deb;
 mod debian;
 pub mod initrd;
+pub mod program;
 pub mod progress;
 pub mod store;
 
@@ -20,18 +21,13 @@ pub mod store;
 #[path = "../../tests/src/skip.rs"]
 mod skip;
 
+pub use program::{INIT, LAB_INIT, Program};
 pub use progress::{Progress, Silent};
 pub use store::{BuildOptions, Error, Image, Manifest, Store, cache_dir};
-
-/// The init of our Linux images: a static x86-64 ELF program, to be put at `/init` of an initramfs.
-pub const INIT: &[u8] = include_bytes!(env!("PONTOON_INIT"));
 
 /// The guest agent: a static x86-64 ELF program without libc, to be put at `/usr/sbin/pontoon-agent` of a Linux image. It
 /// listens on vsock port 1024 for the host, as root, and is restarted by the image's init if it ends.
 pub const AGENT: &[u8] = include_bytes!(env!("PONTOON_AGENT"));
-
-/// PID 1 of the lab's outer machine: a static x86-64 ELF program, to be put at `/init` of its initramfs.
-pub const LAB_INIT: &[u8] = include_bytes!(env!("PONTOON_LAB_INIT"));
 
 /// The probe: a bare-metal ELF guest that carries out the network orders of its command line and reports
 /// in JSON lines on COM1 (docs/probe.md).

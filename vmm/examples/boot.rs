@@ -13,7 +13,7 @@ use vmm::console::RawMode;
 use vmm::machine::{Machine, MachineBuilder};
 
 fn main() -> Result<ExitCode> {
-    tracing_subscriber::fmt().with_writer(io::stderr).with_env_filter("info").init();
+    tracing_subscriber::fmt().with_writer(io::stderr).init();
     let machine = parse()?
         .serial_output(io::stdout())
         .serial_input(io::stdin().as_fd().try_clone_to_owned()?)

@@ -29,7 +29,9 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{CommandFactory, Parser};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use args::{Cli, Command};
 
@@ -88,26 +90,27 @@ pub(crate) fn main() -> ExitCode {
     ExitCode::from(status)
 }
 
-/// Logs go to stderr; `-v` shows what the network does, `-vv` every refused frame, `--log` anything.
+/// Logs go to stderr; `-v` shows what the network does, `-vv` every refused frame, `--log` or RUST_LOG anything:
+/// `net=debug,vmm=info` (modules and what is below them), `debug` (everything).
 fn start_log(cli: &Cli) {
     let default = match cli.verbose {
-        0 => "warn",
-        1 => "info",
-        _ => "debug",
+        0 => LevelFilter::WARN,
+        1 => LevelFilter::INFO,
+        _ => LevelFilter::DEBUG,
     };
+    let default = Targets::new().with_default(default);
     let filter = match &cli.log {
-        Some(text) => EnvFilter::try_new(text).unwrap_or_else(|error| {
+        Some(text) => text.parse().unwrap_or_else(|error| {
             output::note(&format!("--log is not a filter ({error}); write for example net=debug,vmm=info"));
-            EnvFilter::new(default)
+            default
         }),
-        None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default)),
+        None => std::env::var("RUST_LOG").ok().and_then(|text| text.parse().ok()).unwrap_or(default),
     };
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(|| output::Log)
         .with_ansi(std::io::stderr().is_terminal())
-        .without_time()
-        .init();
+        .without_time();
+    tracing_subscriber::registry().with(lines).with(filter).init();
 }
 
 fn completions(shell: clap_complete::Shell) -> Result<u8, Failure> {

@@ -228,7 +228,7 @@ fn write_initramfs(dir: &Path, root: &Path, modules: &ModuleLists) -> Result<(),
     packed.tree(root, Path::new("/")).and_then(|()| packed.end()).map_err(at("pack", root))?;
     let mut initramfs = Initramfs::new();
     initramfs
-        .file("init", 0o755, guest_images::LAB_INIT)?
+        .file("init", 0o755, guest_images::LAB_INIT.bytes())?
         .char_device("dev/console", 0o600, 5, 1)?
         .file("early", 0o644, modules.early.as_bytes())?
         .file("late", 0o644, modules.late.as_bytes())?

@@ -251,7 +251,7 @@ fn check(config: &Config) -> Result<(), LabError> {
 fn base_key(config: &Config) -> String {
     let mut hash = Sha256::new();
     hash.update(base::REVISION.to_le_bytes());
-    hash.update(guest_images::LAB_INIT);
+    hash.update(guest_images::LAB_INIT.id().to_le_bytes());
     hash.update(format!("{EARLY:?} {LATE:?} {AVAILABLE:?}"));
     for package in base::PACKAGES.into_iter().chain(config.packages.iter().map(String::as_str)) {
         hash.update(package);
