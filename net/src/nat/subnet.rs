@@ -11,6 +11,8 @@
 //! everything and says nothing. Routes of other tables are not seen (`--subnet` decides there).
 
 use std::fmt;
+use std::fs::File;
+use std::io::Read;
 use std::net::Ipv4Addr;
 use std::path::Path;
 
@@ -20,6 +22,10 @@ use super::config::{NatConfig, Subnet};
 const SHORTEST_SPECIFIC_ROUTE: u8 = 8;
 /// Lines of the kernel's tables that are looked at; a host with a full routing table has a million.
 const MAX_LINES: usize = 100_000;
+/// As many bytes of them: no line is longer than 150.
+const MAX_BYTES: u64 = 150 * MAX_LINES as u64;
+/// Room that most hosts' tables fit into at once.
+const TABLE: usize = 8 << 10;
 
 /// No candidate is free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -93,7 +99,14 @@ pub fn taken_by_host() -> Vec<Taken> {
 }
 
 fn taken_under(proc_net: &Path) -> Vec<Taken> {
-    let read = |name| std::fs::read_to_string(proc_net.join(name)).unwrap_or_default();
+    let read = |name| {
+        // Files of /proc do not tell their size: with room from the start, there are not ten small reads of each.
+        let mut text = Vec::with_capacity(TABLE);
+        if let Ok(file) = File::open(proc_net.join(name)) {
+            let _ = file.take(MAX_BYTES).read_to_end(&mut text);
+        }
+        String::from_utf8_lossy(&text).into_owned()
+    };
     let mut taken = parse_routes(&read("route"));
     taken.extend(parse_local_addresses(&read("fib_trie")));
     taken

@@ -57,6 +57,7 @@ pub(crate) struct SysHost {
     bell: Option<OwnedFd>,
     /// Indexed by descriptor number.
     open: Vec<Option<Open>>,
+    /// Whether the kernel has `SO_PEEK_OFF` for streams; until the first stream, whether it may have.
     peek_off: bool,
     scratch: Vec<u8>,
 }
@@ -130,9 +131,7 @@ impl SysHost {
         let flags = libc::TFD_NONBLOCK | libc::TFD_CLOEXEC;
         // SAFETY: `timerfd_create` takes no pointers.
         let timer = own(unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, flags) })?;
-        let probe = stream_socket()?;
-        let peek_off = set_option(probe.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF, &0i32).is_ok();
-        let host = Self { epoll, timer, bell: None, open: Vec::new(), peek_off, scratch: Vec::new() };
+        let host = Self { epoll, timer, bell: None, open: Vec::new(), peek_off: true, scratch: Vec::new() };
         host.register(host.timer.as_raw_fd(), Token { owner: Owner::Timer, slot: 0, generation: 0 })?;
         Ok(host)
     }
@@ -192,14 +191,18 @@ impl SysHost {
         self.entry(sock).map(|open| open.fd.as_raw_fd()).ok_or_else(closed)
     }
 
-    fn prepare(&self, fd: RawFd) -> io::Result<()> {
+    fn prepare(&mut self, fd: RawFd) -> io::Result<()> {
         set_option(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, &1i32)?;
         // A peer that vanished is noticed after two hours (RFC 9293 §3.8.4).
         set_option(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, &1i32)?;
         // Urgent data stay in line (RFC 6093 §6): out of line, reads would skip a byte that was peeked at and counted.
         set_option(fd, libc::SOL_SOCKET, libc::SO_OOBINLINE, &1i32)?;
         if self.peek_off {
-            set_option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &0i32)?;
+            match set_option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &0i32) {
+                // A kernel that has none says so to the first stream.
+                Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => self.peek_off = false,
+                other => other?,
+            }
         }
         Ok(())
     }
