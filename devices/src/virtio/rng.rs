@@ -1,15 +1,15 @@
-//! The entropy device (virtio 1.3 §5.4): random bytes of the host, from `/dev/urandom`.
+//! The entropy device (virtio 1.3 §5.4): random bytes of the host, from `getrandom(2)`.
 //!
 //! A chain of writable buffers is filled with at most [`MAX_BYTES`] bytes and returned with that length; the
 //! driver asks again if it wants more. At most [`BUDGET`] requests are served in a turn, so a guest that does
 //! nothing but ask can't keep the I/O thread from the other devices. A broken chain breaks the queue. When
-//! the source fails, which `/dev/urandom` never does, the request is returned empty.
+//! the source fails, which the host's never does, the request is returned empty.
 
-use std::fs::File;
 use std::io::{self, Read};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use rustix::rand::GetRandomFlags;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use vm_memory::{GuestMemoryMmap, VolatileSlice};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -51,6 +51,15 @@ impl Shared {
     }
 }
 
+/// `getrandom(2)`: no descriptor, and none to be closed under it.
+struct HostEntropy;
+
+impl Read for HostEntropy {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        Ok(rustix::rand::getrandom(into, GetRandomFlags::empty())?)
+    }
+}
+
 /// The transport's half of the device.
 pub struct Rng(Arc<Shared>);
 
@@ -65,9 +74,9 @@ impl Rng {
     /// An entropy device that gives the host's random bytes.
     ///
     /// # Errors
-    /// When the host has no `/dev/urandom`, or refuses an eventfd.
+    /// When the host refuses an eventfd.
     pub fn new() -> io::Result<(Self, RngWorker)> {
-        Self::with_source(Box::new(File::open("/dev/urandom")?))
+        Self::with_source(Box::new(HostEntropy))
     }
 
     /// An entropy device that gives the bytes of `source`, which must never block for long.

@@ -79,7 +79,8 @@ impl Vm {
     /// [`VmError`], when KVM is not usable or refuses.
     pub fn new(memory: GuestMemory, cpus: u8) -> Result<Self, VmError> {
         let kvm = open_checked()?;
-        let max = max_cpus(&kvm);
+        // One is possible everywhere, and asking is a system call.
+        let max = if cpus == 1 { 1 } else { max_cpus(&kvm) };
         if !(1..=max).contains(&cpus) {
             return Err(VmError::Cpus { asked: cpus, max });
         }
@@ -88,8 +89,9 @@ impl Vm {
             .map_err(|source| VmError::Ioctl { what: "map the guest's memory", source })?;
         let tss = usize::try_from(KVM_TSS).expect("it is below 4 GiB");
         ioctl("set the TSS address", fd.set_tss_address(tss))?;
-        if kvm.check_extension(Cap::SetIdentityMapAddr) {
-            ioctl("set the identity map address", fd.set_identity_map_address(KVM_IDENTITY_MAP))?;
+        if let Err(error) = fd.set_identity_map_address(KVM_IDENTITY_MAP) {
+            // Only Intel's older processors want one, and every KVM since Linux 2.6.31 takes it.
+            tracing::debug!(%error, "KVM takes no address of an identity map");
         }
         ioctl("make the interrupt controllers", fd.create_irq_chip())?;
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
