@@ -1,9 +1,10 @@
 //! The serial console: a 16550A at I/O port 0x3f8, over `vm_superio`'s register model.
 //!
-//! **Out.** A byte that the guest sends goes into a buffer of [`OUTPUT_BUFFER`] bytes, which a thread of its own
-//! writes to the sink: the sink may be slow or block, the vCPU does not. When the buffer is full, the vCPU waits
-//! for room for up to [`STALL_WAIT`], once; if the sink has not moved by then it counts as stalled, and bytes are
-//! dropped and counted without waiting until it moves again. A sink that fails is not tried again.
+//! **Out.** A byte that the guest sends goes into a buffer of [`OUTPUT_BUFFER`] bytes, which somebody else writes to the
+//! sink: the sink may be slow or block, the vCPU does not. Who that is depends on the [`Sink`]: a descriptor that can
+//! be polled is written by the I/O thread ([`SinkWorker`]); anything else has a thread of its own, since it may block. When
+//! the buffer is full, the vCPU waits for room for up to [`STALL_WAIT`], once; if the sink has not moved by then it counts
+//! as stalled, and bytes are dropped and counted without waiting until it moves again. A sink that fails is not tried again.
 //!
 //! **In.** The UART's FIFO holds 64 bytes and nothing else queues: [`Serial::input`] takes what fits and says how
 //! much that was, and the caller keeps the rest. [`Serial::room`] becomes readable when the guest has emptied
@@ -15,7 +16,7 @@
 //!
 //! All registers are one byte; a wider access touches only the first.
 
-use std::io::{self, Write};
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,10 +29,12 @@ use crate::exit::ExitRequest;
 use crate::irq::IrqLine;
 
 mod output;
+mod sink;
 #[cfg(test)]
 mod tests;
 
 use output::Output;
+pub use sink::{Polled, Sink, SinkWorker};
 
 /// First port of COM1.
 pub const COM1_BASE: u16 = 0x3f8;
@@ -108,13 +111,25 @@ pub struct Serial {
 }
 
 impl Serial {
-    /// A UART that interrupts through `irq` and sends its output to `sink`.
+    /// A UART that interrupts through `irq` and sends its output to `sink`, with a worker that is to be served on the I/O
+    /// thread if the sink wants one. Dropping the worker writes the rest.
     ///
     /// # Errors
     /// When the host refuses an eventfd or a thread.
-    pub fn new(irq: Arc<dyn IrqLine>, sink: Box<dyn Write + Send>) -> io::Result<Self> {
+    pub fn new(irq: Arc<dyn IrqLine>, sink: Sink) -> io::Result<(Self, Option<SinkWorker>)> {
+        let (output, worker) = match sink {
+            Sink::Nowhere => (Output::Nowhere, None),
+            Sink::Blocking(sink) => (Output::with_thread(sink)?, None),
+            Sink::Polled(sink) => {
+                let (output, worker) = SinkWorker::new(sink)?;
+                (output, Some(worker))
+            }
+        };
+        Ok((Self::with_output(irq, output)?, worker))
+    }
+
+    fn with_output(irq: Arc<dyn IrqLine>, output: Output) -> io::Result<Self> {
         let room = Room(EventFd::new(EFD_NONBLOCK)?);
-        let output = Output::new(sink)?;
         let uart = vm_superio::Serial::with_events(Line(irq), room, output);
         Ok(Self { uart, held: None, divisor_latch: false })
     }

@@ -1,7 +1,13 @@
 use super::*;
 use crate::irq::testing::CountingLine;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
+
+use event_manager::{EventManager, SubscriberOps};
 
 const DATA: u64 = 0;
 const IER: u64 = 1;
@@ -31,11 +37,15 @@ impl Write for Gate {
     }
 }
 
+fn blocking(sink: Box<dyn Write + Send>) -> Serial {
+    Serial::new(CountingLine::new(), Sink::Blocking(sink)).unwrap().0
+}
+
 fn gated() -> (Serial, Sender<()>, Arc<Mutex<Vec<u8>>>) {
     let (tx, go) = channel();
     let taken = Arc::<Mutex<Vec<u8>>>::default();
     let sink = Box::new(Gate { go, taken: Arc::clone(&taken) });
-    (Serial::new(CountingLine::new(), sink).unwrap(), tx, taken)
+    (blocking(sink), tx, taken)
 }
 
 fn get(serial: &mut Serial, offset: u64) -> u8 {
@@ -90,7 +100,7 @@ fn a_failed_sink_is_left_alone_and_everything_is_counted() {
             Ok(())
         }
     }
-    let mut serial = Serial::new(CountingLine::new(), Box::new(Broken)).unwrap();
+    let mut serial = blocking(Box::new(Broken));
     put(&mut serial, DATA, b'a');
     assert!(serial.flush(Duration::from_secs(60)));
     put(&mut serial, DATA, b'b');
@@ -114,7 +124,7 @@ fn a_nonblocking_sink_that_is_full_is_tried_again() {
         }
     }
     let taken = Arc::default();
-    let mut serial = Serial::new(CountingLine::new(), Box::new(Shy(0, Arc::clone(&taken)))).unwrap();
+    let mut serial = blocking(Box::new(Shy(0, Arc::clone(&taken))));
     for byte in *b"abc" {
         put(&mut serial, DATA, byte);
     }
@@ -125,7 +135,7 @@ fn a_nonblocking_sink_that_is_full_is_tried_again() {
 #[test]
 fn input_beyond_the_fifo_waits_until_the_guest_has_read() {
     let line = CountingLine::new();
-    let mut serial = Serial::new(line.clone(), Box::new(io::sink())).unwrap();
+    let mut serial = Serial::new(line.clone(), Sink::Nowhere).unwrap().0;
     put(&mut serial, IER, IER_RX);
     line.take();
     let text: Vec<u8> = (0..100).collect();
@@ -146,7 +156,7 @@ fn input_beyond_the_fifo_waits_until_the_guest_has_read() {
 
 #[test]
 fn leaving_loopback_announces_room() {
-    let mut serial = Serial::new(CountingLine::new(), Box::new(io::sink())).unwrap();
+    let mut serial = Serial::new(CountingLine::new(), Sink::Nowhere).unwrap().0;
     put(&mut serial, MCR, LOOPBACK);
     let _ = serial.room().read();
     assert_eq!(serial.input(b"x"), 0, "nothing enters in loopback");
@@ -182,4 +192,75 @@ fn input_held_for_out1_waits_for_it() {
     put(&mut serial, 4, 0x0f);
     assert!(serial.room().read().is_ok(), "whoever waits is told");
     assert_eq!(serial.input(b"hello"), 5);
+}
+
+/// A UART whose output goes to `fd`, in an event loop with its worker.
+fn polled(fd: OwnedFd) -> (Serial, EventManager<SinkWorker>) {
+    let sink = Polled::of(fd).expect("it can be polled");
+    let (serial, worker) = Serial::new(CountingLine::new(), Sink::Polled(sink)).unwrap();
+    let mut events = EventManager::new().unwrap();
+    events.add_subscriber(worker.unwrap());
+    (serial, events)
+}
+
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|n| (n ^ (n >> 8)) as u8).collect()
+}
+
+#[test]
+fn a_full_pipe_is_waited_for_and_loses_nothing() {
+    let (mut reader, writer) = io::pipe().unwrap();
+    let (mut serial, mut events) = polled(writer.try_clone().unwrap().into());
+    let text = pattern(OUTPUT_BUFFER);
+    for _ in 0..2 {
+        text.iter().for_each(|byte| put(&mut serial, DATA, *byte));
+        while events.run_with_timeout(0).unwrap() > 0 {}
+    }
+    assert_eq!(serial.output_lost(), 0, "one buffer is in the pipe, one with the worker");
+    assert!(!serial.flush(Duration::ZERO), "the pipe is full");
+    let flags = rustix::fs::fcntl_getfl(&writer).unwrap();
+    assert!(!flags.contains(rustix::fs::OFlags::NONBLOCK), "the user's own descriptor is as it was");
+    drop(writer);
+    let mut got = vec![0; 2 * text.len()];
+    let (first, second) = got.split_at_mut(text.len());
+    reader.read_exact(first).unwrap();
+    while !serial.flush(Duration::ZERO) {
+        events.run().unwrap();
+    }
+    reader.read_exact(second).unwrap();
+    assert!(*first == text && *second == text);
+}
+
+#[test]
+fn a_socket_takes_output_and_dropping_the_worker_writes_the_rest() {
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    let (mut serial, events) = polled(theirs.into());
+    b"last words".iter().for_each(|byte| put(&mut serial, DATA, *byte));
+    drop(events);
+    drop(serial);
+    let mut got = String::new();
+    ours.read_to_string(&mut got).unwrap();
+    assert_eq!(got, "last words");
+}
+
+#[test]
+fn a_reader_that_has_gone_costs_the_output_and_nothing_else() {
+    let (reader, writer) = io::pipe().unwrap();
+    let (mut serial, mut events) = polled(writer.into());
+    drop(reader);
+    put(&mut serial, DATA, b'a');
+    events.run().unwrap();
+    put(&mut serial, DATA, b'b');
+    assert!(serial.flush(Duration::ZERO), "nothing is waited for");
+    assert_eq!(serial.output_lost(), 2);
+}
+
+#[test]
+fn what_may_block_or_cannot_be_polled_gets_a_thread() {
+    let regular = File::open("/proc/self/exe").unwrap();
+    assert!(matches!(Sink::of(regular.into()), Sink::Blocking(_)));
+    let zero = File::open("/dev/zero").unwrap();
+    assert!(matches!(Sink::of(zero.into()), Sink::Blocking(_)));
+    let null = File::options().write(true).open("/dev/null").unwrap();
+    assert!(matches!(Sink::of(null.into()), Sink::Polled(_)));
 }

@@ -102,12 +102,14 @@ impl Write for Console {
 fn probe_rows(rows: &mut Vec<Row>) -> Result<(), Failure> {
     let subnet = nat::choose(&nat::taken_by_host()).map_err(Failure::usage)?.subnet;
     let gateway = subnet.host(1);
+    // Before there is any thread that would not know of it.
+    let signals = Signals::catch().context("catching signals").map_err(Failure::machine)?;
     let world =
         World::start(gateway).context("starting the check's own servers").map_err(Failure::machine)?;
     let orders = orders(&world);
     let console = Console::default();
     let began = Instant::now();
-    let end = boot(&world, subnet, &orders, console.clone())?;
+    let end = boot(signals, &world, subnet, &orders, console.clone())?;
     drop(world);
     let (first_byte, bytes) = std::mem::take(&mut *console.0.lock().unwrap_or_else(PoisonError::into_inner));
     let text = String::from_utf8_lossy(&bytes);
@@ -219,6 +221,7 @@ fn own_address() -> Option<Ipv4Addr> {
 
 /// Runs the probe to its end; the text says how it ended.
 fn boot(
+    signals: Signals,
     world: &World,
     subnet: net::nat::Subnet,
     orders: &[Order],
@@ -230,26 +233,19 @@ fn boot(
     let config = NatConfig { subnet, host_access: true, dns: vec![dns], ..NatConfig::default() };
     let nat = Nat::new(config).map_err(Failure::machine)?;
     let script: Vec<&str> = orders.iter().map(|order| order.text.as_str()).collect();
-    let machine = Machine::builder()
+    let builder = Machine::builder()
         .memory(MEMORY)
         .kernel(Kernel::Bytes(Cow::Borrowed(guest_images::PROBE)))
         .bare_metal(true)
         .cmdline(format!("probe.do={}", script.join(";")))
         .nic(Nic { mac: MacAddr::for_name("check", "probe"), port: Box::new(nat) })
-        .serial_output(console)
-        .build()
-        .map_err(Failure::machine)?;
-    let signals = Signals::catch().context("catching signals").map_err(Failure::machine)?;
-    let running = machine.start().map_err(Failure::machine)?;
-    let wake = signals
-        .wait(&running, Some(Instant::now() + TIMEOUT))
-        .context("waiting")
-        .map_err(Failure::machine)?;
+        .serial_output(console);
+    let (builder, watch) = signals.watch(builder, Some(Instant::now() + TIMEOUT))?;
+    let machine = builder.build().map_err(Failure::machine)?;
+    let wake = watch.wait(machine.start_here().map_err(Failure::machine)?);
     Ok(match wake {
-        Wake::Ended => match running.wait() {
-            ExitReason::Status(status) => format!("status {status}"),
-            other => other.to_string(),
-        },
+        Wake::Ended(ExitReason::Status(status)) => format!("status {status}"),
+        Wake::Ended(other) => other.to_string(),
         Wake::Deadline => "stopped after a time-out".to_owned(),
         Wake::Signal(number) => return Err(Failure::machine(anyhow!("ended by signal {number}"))),
     })

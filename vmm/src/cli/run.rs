@@ -20,7 +20,7 @@ use serde_json::json;
 use vmm::boot::Kernel;
 use vmm::console::RawMode;
 use vmm::kvm::{Host, KvmKind, VmError};
-use vmm::machine::{BuildError, DEFAULT_CMDLINE, ExitReason, Machine, MachineBuilder, Running};
+use vmm::machine::{BuildError, DEFAULT_CMDLINE, ExitReason, Machine, MachineBuilder};
 use vmm::runtime::Scrollback;
 use vmm::runtime::control::Console;
 
@@ -52,17 +52,17 @@ pub(crate) fn run(mut args: RunArgs, detached: bool) -> Result<u8, Failure> {
         detach::leave_terminal()?;
     }
     let boot = find_boot(&args)?;
-    let host = Host::probe();
+    let kind = Host::kind();
     let in_lab = match (args.accel, &boot) {
         (Accel::Lab, _) => true,
-        (Accel::Auto, Boot::Linux { .. }) => !host.kind.runs_linux(),
-        (Accel::Auto, Boot::Probe) => !host.kind.is_usable(),
+        (Accel::Auto, Boot::Linux { .. }) => !kind.runs_linux(),
+        (Accel::Auto, Boot::Probe) => !kind.is_usable(),
         (Accel::Kvm, _) => false,
     };
     if !in_lab {
         return run_here(&mut args, &boot, detached);
     }
-    let why = if args.accel == Accel::Lab { "asked for".to_owned() } else { why_lab(&host.kind) };
+    let why = if args.accel == Accel::Lab { "asked for".to_owned() } else { why_lab(&kind) };
     if detached {
         return Err(Failure::usage(anyhow!(
             "a detached machine can't be in the lab ({why}), which ends with the command that began it; put both into the \
@@ -135,24 +135,25 @@ fn run_here(args: &mut RunArgs, boot: &Boot, detached: bool) -> Result<u8, Failu
     }
     let (builder, background) = console(builder, args, boot, &mut registered)?;
     let builder = registered.serve(builder, background, plugged.handle.take())?;
-    let machine = builder.build().map_err(build_failure)?;
+    // Before there is any thread that would not know of it.
     let signals = Signals::catch().context("catching signals").map_err(Failure::machine)?;
+    let deadline = args.timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds.into()));
+    let (builder, watch) = signals.watch(builder, deadline)?;
+    let machine = builder.build().map_err(build_failure)?;
     // From here on the terminal is raw, so that ctrl-C is the guest's; the guard gives it back.
     let raw = if terminal {
         RawMode::enter(io::stdin()).context("preparing the terminal").map_err(Failure::machine)?
     } else {
         None
     };
-    let running = machine.start().map_err(Failure::machine)?;
+    let running = machine.start_here().map_err(Failure::machine)?;
     registered.running(&plugged)?;
     if let Some(claim) = registered.claim().filter(|_| detached) {
         detach::tell_starter(claim)?;
     }
-    let deadline = args.timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds.into()));
-    let wake =
-        signals.wait(&running, deadline).context("waiting for the machine").map_err(Failure::machine)?;
+    let wake = watch.wait(running);
     let report = Report { mac: plugged.mac, net: args.net.to_string(), network: plugged.network };
-    let outcome = finish(running, wake, !args.command.is_empty());
+    let outcome = finish(wake, !args.command.is_empty());
     drop(raw);
     if outcome.noteworthy {
         output::note(&outcome.reason);
@@ -172,11 +173,10 @@ struct Outcome {
     noteworthy: bool,
 }
 
-/// Ends the machine if it hasn't ended, and says what that means to a shell.
-fn finish(running: Running, wake: Wake, command: bool) -> Outcome {
+/// What the end means to a shell.
+fn finish(wake: Wake, command: bool) -> Outcome {
     match wake {
-        Wake::Ended => {
-            let reason = running.wait();
+        Wake::Ended(reason) => {
             let status = match (&reason, command) {
                 // The command's status never came: the guest crashed or was told to reboot by something else.
                 (ExitReason::PowerOff | ExitReason::Reset, true) => STATUS_MACHINE,
@@ -194,12 +194,10 @@ fn finish(running: Running, wake: Wake, command: bool) -> Outcome {
             Outcome { status, reason, noteworthy }
         }
         Wake::Deadline => {
-            drop(running);
             let reason = "the time-out has passed; the machine was stopped".to_owned();
             Outcome { status: STATUS_TIMEOUT, reason, noteworthy: true }
         }
         Wake::Signal(number) => {
-            drop(running);
             // As a shell reports a process that a signal ended.
             let status = u8::try_from(128 + number).unwrap_or(u8::MAX);
             Outcome { status, reason: format!("ended by signal {number}"), noteworthy: false }
@@ -275,7 +273,12 @@ fn console(
     }
     let stdin =
         io::stdin().as_fd().try_clone_to_owned().context("using standard input").map_err(Failure::machine)?;
-    let builder = builder.serial_output(io::stdout()).serial_input(stdin);
+    let stdout = io::stdout()
+        .as_fd()
+        .try_clone_to_owned()
+        .context("using standard output")
+        .map_err(Failure::machine)?;
+    let builder = builder.serial_output_to(stdout).serial_input(stdin);
     // A person types again, and wants the escape at any time; a pipe's bytes come once.
     let person = io::stdin().is_terminal();
     Ok((if person { builder.console_escape(true) } else { hold_input(builder, args, boot) }, None))

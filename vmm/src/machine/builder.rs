@@ -1,7 +1,7 @@
 //! The description of a machine, and a machine built from it that has not started yet.
 
 use std::fmt::Write as _;
-use std::io::{self, Write};
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError};
 use std::thread;
 
 use devices::disk::Disk;
-use devices::serial::Hold;
+use devices::serial::{Hold, Sink};
 use devices::virtio::VirtioDevice;
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::VcpuFd;
@@ -17,10 +17,10 @@ use net::{FramePort, MacAddr};
 
 use super::devices::Devices;
 use super::error::{BuildError, StartError};
-use super::events::{VcpuThreads, Worker, new_loop, serve};
+use super::events::{VcpuThreads, Worker, new_loop};
 use super::exit::{End, EndOnPanic, ExitReason, reason};
 use super::hardware::Hardware;
-use super::running::{Remote, Running};
+use super::running::{Remote, Running, RunningHere};
 use crate::acpi;
 use crate::boot::{self, BootSource, Kernel, KernelFormat};
 use crate::console::SerialInput;
@@ -56,7 +56,7 @@ pub struct MachineBuilder {
     bare_metal: bool,
     devices: Devices,
     workers: Vec<MakeWorker>,
-    serial_output: Box<dyn Write + Send>,
+    serial_output: Sink,
     serial_input: Option<OwnedFd>,
     escape: bool,
     hold: Option<Hold>,
@@ -73,7 +73,7 @@ impl MachineBuilder {
             bare_metal: false,
             devices: Devices { entropy: true, ..Devices::default() },
             workers: Vec::new(),
-            serial_output: Box::new(io::sink()),
+            serial_output: Sink::Nowhere,
             serial_input: None,
             escape: false,
             hold: None,
@@ -184,10 +184,17 @@ impl MachineBuilder {
     }
 
     /// Where the guest's serial output goes. Nowhere unless said otherwise. A sink that blocks never blocks the guest for
-    /// long: see [`devices::serial`].
+    /// long, since it has a thread of its own: see [`devices::serial`].
     #[must_use]
     pub fn serial_output(mut self, sink: impl Write + Send + 'static) -> Self {
-        self.serial_output = Box::new(sink);
+        self.serial_output = Sink::Blocking(Box::new(sink));
+        self
+    }
+
+    /// Where the guest's serial output goes, as a descriptor: a terminal, a pipe and a socket need no thread then.
+    #[must_use]
+    pub fn serial_output_to(mut self, fd: OwnedFd) -> Self {
+        self.serial_output = Sink::of(fd);
         self
     }
 
@@ -245,8 +252,9 @@ impl MachineBuilder {
         }
         acpi::write(&memory, acpi::Hardware { cpus: self.cpus, virtio_devices })?;
         let end = End::new().map_err(|source| BuildError::Device { what: "end signal", source })?;
-        let mut hardware = Hardware::new(&vm, self.serial_output)?;
+        let (mut hardware, sink) = Hardware::new(&vm, self.serial_output)?;
         let mut workers = self.devices.attach(&vm, &mut hardware)?;
+        workers.extend(sink.map(|sink| Box::new(sink) as Worker));
         let hardware = Arc::new(hardware);
         let end = Arc::new(end);
         if let Some(source) = self.serial_input {
@@ -302,6 +310,18 @@ impl Machine {
     /// # Errors
     /// [`StartError`]; no thread is left then.
     pub fn start(self) -> Result<Running, StartError> {
+        let here = self.start_here()?;
+        let (end, hardware) = (Arc::clone(&here.end), Arc::clone(&here.hardware));
+        let io = spawn("io".into(), move || drop(here.wait()))?;
+        Ok(Running { end, io: Some(io), hardware })
+    }
+
+    /// Starts the vCPUs alone. The devices wait until the calling thread serves them in [`RunningHere::wait`], so that there
+    /// is one thread less.
+    ///
+    /// # Errors
+    /// [`StartError`]; no thread is left then.
+    pub fn start_here(self) -> Result<RunningHere, StartError> {
         let Self { vcpus, hardware, workers, end, memory, vm, .. } = self;
         vcpu::install_kick_handler().map_err(StartError::KickSignal)?;
         let events = new_loop(&end, workers)?;
@@ -316,14 +336,7 @@ impl Machine {
                 }
             })?);
         }
-        let io = {
-            let end = Arc::clone(&end);
-            spawn("io".into(), move || {
-                serve(events, &end, threads);
-                drop(vm);
-            })?
-        };
-        Ok(Running { end, io: Some(io), hardware })
+        Ok(RunningHere { threads, events, end, hardware, _vm: vm })
     }
 }
 

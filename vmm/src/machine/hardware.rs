@@ -1,13 +1,12 @@
 //! The devices of a machine, put on its buses.
 
-use std::io::Write;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use devices::acpi::{ACPI_BASE, ACPI_LEN, AcpiPower};
 use devices::cmos::{CMOS_BASE, CMOS_LEN, Rtc};
 use devices::exit::{EXIT_PORT, ExitDevice};
 use devices::i8042::{I8042, I8042_BASE, I8042_LEN};
-use devices::serial::{COM1_BASE, COM1_GSI, SERIAL_LEN, Serial};
+use devices::serial::{COM1_BASE, COM1_GSI, SERIAL_LEN, Serial, Sink, SinkWorker};
 use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::blk::BlkMonitor;
@@ -35,9 +34,10 @@ pub(super) struct Hardware {
 }
 
 impl Hardware {
-    /// Makes the devices that every machine has; `serial_output` takes what the guest writes to COM1.
-    pub(super) fn new(vm: &Vm, serial_output: Box<dyn Write + Send>) -> Result<Self, BuildError> {
-        let serial = Serial::new(vm.irq_line(COM1_GSI)?, serial_output)
+    /// Makes the devices that every machine has; `serial_output` takes what the guest writes to COM1, with the help of the
+    /// worker if there is one.
+    pub(super) fn new(vm: &Vm, serial_output: Sink) -> Result<(Self, Option<SinkWorker>), BuildError> {
+        let (serial, worker) = Serial::new(vm.irq_line(COM1_GSI)?, serial_output)
             .map_err(|source| BuildError::Device { what: "serial console", source })?;
         let serial = Arc::new(Mutex::new(serial));
         let mut buses = Buses::default();
@@ -49,7 +49,7 @@ impl Hardware {
         put(ports, I8042_BASE, I8042_LEN, I8042::default())?;
         put(ports, CMOS_BASE, CMOS_LEN, Rtc::host())?;
         let power_button = vm.irq_line(POWER_BUTTON_GSI)?;
-        Ok(Self {
+        let hardware = Self {
             buses,
             serial,
             virtio: Vec::new(),
@@ -58,7 +58,8 @@ impl Hardware {
             balloon: None,
             vsock: None,
             power_button,
-        })
+        };
+        Ok((hardware, worker))
     }
 
     /// Puts `device` behind the next virtio-mmio window, with its interrupt line and its doorbells.

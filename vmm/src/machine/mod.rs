@@ -10,7 +10,8 @@
 //! ```
 //!
 //! **Threads.** One per vCPU (`vcpuN`), one for events (`io`): devices' workers, console input and the end of the machine.
-//! The serial console adds one that waits for its sink.
+//! [`Machine::start`] makes a new thread the latter, [`Machine::start_here`] the calling one.
+//! A serial console whose sink may block adds one.
 //!
 //! **The end.** Whatever ends a machine (a device that the guest asked, a vCPU that failed, [`Running::stop`]) stores its
 //! reason, the first one wins, and wakes the I/O thread. That one kicks and joins the vCPUs, drops the devices and
@@ -32,4 +33,4 @@ pub use crate::vcpu::{CpuState, Failure};
 pub use builder::{DEFAULT_CMDLINE, DEFAULT_MEMORY, Machine, MachineBuilder, Nic};
 pub use error::{BuildError, StartError};
 pub use exit::ExitReason;
-pub use running::{Counters, NicCounters, Remote, Running};
+pub use running::{Counters, NicCounters, Remote, Running, RunningHere};

@@ -11,8 +11,10 @@ use devices::virtio::net::NetTotals;
 use devices::virtio::vsock::VsockTotals;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::events::{Loop, VcpuThreads, serve};
 use super::exit::{End, ExitReason};
 use super::hardware::Hardware;
+use crate::kvm::Vm;
 
 /// What a machine's devices have seen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -49,6 +51,24 @@ pub struct Running {
     pub(super) end: Arc<End>,
     pub(super) io: Option<JoinHandle<()>>,
     pub(super) hardware: Arc<Hardware>,
+}
+
+/// A running machine whose devices are served by the thread that waits for it. Dropping it stops it.
+pub struct RunningHere {
+    // Fields drop in order: the vCPUs stop while what they talk to still stands.
+    pub(super) threads: VcpuThreads,
+    pub(super) events: Loop,
+    pub(super) end: Arc<End>,
+    pub(super) hardware: Arc<Hardware>,
+    pub(super) _vm: Vm,
+}
+
+impl RunningHere {
+    /// Serves the devices until the end, and says why it came. All threads are gone when it returns.
+    pub fn wait(self) -> ExitReason {
+        serve(self.events, &self.end, self.threads);
+        self.end.reason().unwrap_or(ExitReason::Crashed("io"))
+    }
 }
 
 /// The door to a machine for what serves it, watches it or ends it from elsewhere, such as a thread that waits for signals. Keeps

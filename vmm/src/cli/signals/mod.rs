@@ -1,74 +1,121 @@
-//! Waiting for a machine's end while signals ask for it and a deadline approaches.
+//! Running a machine until its end, while signals ask for it and a deadline approaches.
 //!
 //! SIGINT, SIGTERM and SIGHUP stop the machine in order: the TAP goes, the terminal is restored, the exit
-//! status says which signal it was. The handlers only write a byte into a socket that `poll` watches here, so no
-//! thread is spent on them.
+//! status says which signal it was. They are blocked and read from a descriptor on the machine's I/O thread, which is this
+//! one: no thread waits for them, and no handler runs.
+
+mod sys;
 
 use std::io;
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use vmm::machine::Running;
+use anyhow::Context;
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use libc::{SIGHUP, SIGINT, SIGTERM};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
+};
+use vmm::machine::{ExitReason, MachineBuilder, Remote, RunningHere};
 
-/// What the wait was ended by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+use super::Failure;
+
+/// What a machine was ended by.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Wake {
-    /// The machine has ended.
-    Ended,
-    /// This signal came.
+    /// Itself, or its guest.
+    Ended(ExitReason),
+    /// This signal.
     Signal(i32),
-    /// The deadline passed.
+    /// The deadline.
     Deadline,
 }
 
-/// The signals that end us, from now on caught.
-pub(crate) struct Signals {
-    sockets: Vec<(i32, UnixStream)>,
-}
+/// The signals that end us, from now on caught on this thread and those that it starts.
+pub(crate) struct Signals(OwnedFd);
 
 impl Signals {
-    /// Catches the signals.
+    /// Catches the signals. A thread that was started before would still be killed by them, and we with it.
     pub(crate) fn catch() -> io::Result<Self> {
-        let mut sockets = Vec::new();
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
-            let (ours, handlers) = UnixStream::pair()?;
-            ours.set_nonblocking(true)?;
-            signal_hook::low_level::pipe::register(signal, handlers)?;
-            sockets.push((signal, ours));
-        }
-        Ok(Self { sockets })
+        sys::signal_fd(&[SIGINT, SIGTERM, SIGHUP]).map(Self)
     }
 
-    /// Waits for the machine's end, a signal or the deadline.
-    pub(crate) fn wait(&self, machine: &Running, deadline: Option<Instant>) -> io::Result<Wake> {
-        loop {
-            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-            let mut fds = vec![PollFd::from_borrowed_fd(machine.as_fd(), PollFlags::IN)];
-            fds.extend(self.sockets.iter().map(|(_, s)| PollFd::from_borrowed_fd(s.as_fd(), PollFlags::IN)));
-            let ready = match poll(&mut fds, left.map(timespec).as_ref()) {
-                Ok(ready) => ready,
-                Err(rustix::io::Errno::INTR) => continue,
-                Err(error) => return Err(error.into()),
-            };
-            if ready == 0 {
-                return Ok(Wake::Deadline);
-            }
-            if !fds[0].revents().is_empty() {
-                return Ok(Wake::Ended);
-            }
-            let signalled = fds[1..].iter().position(|fd| !fd.revents().is_empty());
-            if let Some(at) = signalled {
-                return Ok(Wake::Signal(self.sockets[at].0));
-            }
+    /// Lets the machine be ended by a signal or when the deadline has passed.
+    pub(crate) fn watch(
+        self,
+        builder: MachineBuilder,
+        deadline: Option<Instant>,
+    ) -> Result<(MachineBuilder, Watch), Failure> {
+        let timer = deadline.map(timer).transpose().context("making a timer").map_err(Failure::machine)?;
+        let wake = Arc::<OnceLock<Wake>>::default();
+        let watch = Watch(Arc::clone(&wake));
+        let builder =
+            builder.worker(move |machine| Box::new(Watcher { signals: self.0, timer, machine, wake }));
+        Ok((builder, watch))
+    }
+}
+
+/// What the watched machine was ended by.
+pub(crate) struct Watch(Arc<OnceLock<Wake>>);
+
+impl Watch {
+    /// Serves the machine until it ends, a signal comes or the deadline passes; nothing of it is left then.
+    pub(crate) fn wait(self, running: RunningHere) -> Wake {
+        // A guest that ended by itself just before has the say.
+        match (running.wait(), self.0.get()) {
+            (ExitReason::Stopped, Some(wake)) => wake.clone(),
+            (reason, _) => Wake::Ended(reason),
         }
     }
 }
 
-fn timespec(left: Duration) -> Timespec {
-    // Whole milliseconds, rounded up: a wait that ends early would only loop.
-    let millis = i64::try_from(left.as_millis()).unwrap_or(i64::MAX / 2).saturating_add(1);
-    Timespec { tv_sec: millis / 1000, tv_nsec: millis % 1000 * 1_000_000 }
+/// A descriptor that becomes readable at this time.
+fn timer(deadline: Instant) -> io::Result<OwnedFd> {
+    let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
+    // Zero would be "never".
+    let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
+    let tv_sec = i64::try_from(left.as_secs()).unwrap_or(i64::MAX);
+    let it_value = Timespec { tv_sec, tv_nsec: left.subsec_nanos().into() };
+    let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value };
+    timerfd_settime(&timer, TimerfdTimerFlags::empty(), &once)?;
+    Ok(timer)
+}
+
+/// Looks after the signals and the deadline on the machine's I/O thread.
+struct Watcher {
+    signals: OwnedFd,
+    timer: Option<OwnedFd>,
+    machine: Remote,
+    wake: Arc<OnceLock<Wake>>,
+}
+
+impl MutEventSubscriber for Watcher {
+    fn process(&mut self, events: Events, _: &mut EventOps<'_>) {
+        let wake = if events.fd() == self.signals.as_raw_fd() {
+            // struct signalfd_siginfo: 128 bytes, the signal's number in the first four.
+            let mut info = [0; 128];
+            if rustix::io::read(&self.signals, &mut info).is_err() {
+                return;
+            }
+            Wake::Signal(i32::from_ne_bytes([info[0], info[1], info[2], info[3]]))
+        } else {
+            Wake::Deadline
+        };
+        // The first one is told.
+        let _ = self.wake.set(wake);
+        self.machine.stop();
+    }
+
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let mut watch = |fd: &OwnedFd| {
+            if let Err(error) = ops.add(Events::new(fd, EventSet::IN)) {
+                // Without it nobody could end the machine.
+                tracing::error!(%error, "signals and the time-out cannot be watched");
+                self.machine.stop();
+            }
+        };
+        watch(&self.signals);
+        self.timer.iter().for_each(watch);
+    }
 }
