@@ -1,7 +1,7 @@
 //! The description of a machine, and a machine built from it that has not started yet.
 
 use std::fmt::Write as _;
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -213,7 +213,7 @@ impl MachineBuilder {
     pub fn console(self) -> io::Result<(Self, UnixStream)> {
         let (ours, theirs) = UnixStream::pair()?;
         let output = ours.try_clone()?;
-        Ok((self.serial_output(output).serial_input(ours.into()), theirs))
+        Ok((self.serial_output_to(output.into()).serial_input(ours.into()), theirs))
     }
 
     /// Holds serial input back until the guest is ready for it, so that bytes from a pipe are not lost to a driver that
