@@ -114,6 +114,16 @@ fn in_lab(name: &str, words: &[&str]) -> Option<Output> {
 }
 
 #[test]
+fn a_command_of_the_agent_has_its_output_its_errors_and_its_status() {
+    let words = ["sh", "-c", "uname -r; echo bad >&2; exit 5"];
+    let Some(output) = in_lab("run_command", &words) else { return };
+    let all = text(&output);
+    assert_eq!(output.status.code(), Some(5), "{all}");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("cloud-amd64"), "{all}");
+    assert!(all.contains("bad"), "{all}");
+}
+
+#[test]
 fn a_sandbox_runs_a_command_without_a_network_and_returns_its_status() {
     let Some(output) = in_lab("sandbox", &["100", "sh", "-c", "echo out; ip -o link; exit 3"]) else {
         return;
