@@ -90,7 +90,12 @@ fn debian_13s_kernel_does_so_too_with_packets_in_many_pieces() {
     let store = Store::open(&guest_images::cache_dir().expect("HOME is set").join("tests-trixie"));
     let options = BuildOptions { suite: Some(Suite::Trixie), ..BuildOptions::default() };
     match store.build("debian", &options, &mut guest_images::Silent) {
-        Ok(image) => assert_whole(&talk(&image, 1 << 20, 10)),
+        Ok(image) => {
+            let output = talk(&image, 1 << 20, 10);
+            assert_whole(&output);
+            let out = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert!(out.contains("its kernel leaves payload where it is"), "no packet was in pieces\n{out}");
+        }
         Err(error) => skip(format_args!("no image of Debian 13: {error}")),
     }
 }

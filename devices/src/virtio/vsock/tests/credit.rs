@@ -160,6 +160,28 @@ fn without_receive_buffers_nothing_is_read_and_nothing_spins() {
 }
 
 #[test]
+fn a_buffer_that_turns_out_not_to_be_needed_stays_the_guests_next() {
+    let mut lab = Lab::starved(F_EVENT_IDX);
+    lab.post(1);
+    let mut client = lab.stranger();
+    client.write_all(b"CONNECT 52\n").unwrap();
+    lab.guest.run();
+    lab.fetch(false);
+    let key = Key { host: lab.inbox.pop().unwrap().0.src_port, guest: 52 };
+    lab.send(key, Op::Response);
+    read(&mut client);
+    lab.post(2);
+    // A whole buffer's worth: there may be more behind it, so the next buffer is tried, and nothing comes.
+    client.write_all(&[1; BUFFER - HEADER_LEN]).unwrap();
+    lab.guest.run();
+    client.write_all(b"x").unwrap();
+    lab.guest.run();
+    lab.fetch(false);
+    let lengths: Vec<_> = lab.inbox.iter().map(|(header, _)| header.len as usize).collect();
+    assert_eq!(lengths, [BUFFER - HEADER_LEN, 1]);
+}
+
+#[test]
 fn one_busy_connection_does_not_hold_up_another() {
     let mut lab = Lab::starved(F_EVENT_IDX);
     lab.post(8);
