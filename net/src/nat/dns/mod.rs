@@ -167,8 +167,14 @@ impl Dns {
         self.timers.next()
     }
 
+    /// Sockets that are open: a question by datagram has one, a connection is one.
+    #[cfg(test)]
+    pub(crate) fn sockets(&self) -> usize {
+        self.conns.iter().filter(|(_, conn)| !matches!(conn, Conn::Ask(ask) if ask.sock.is_none())).count()
+    }
+
     /// Questions under way.
-    pub(crate) fn inflight(&self) -> usize {
+    fn inflight(&self) -> usize {
         self.conns.len() - self.streams - self.upstreams
     }
 
@@ -377,7 +383,7 @@ impl Dns {
     /// An answered question may let a stream go on that had too many: its event is asked for again.
     fn resume(&mut self, cx: &mut Cx<'_>, token: Token) {
         if let Some(Conn::Guest(stream)) = self.conns.by_token(token) {
-            if stream.wants_input() {
+            if stream.wants_turn() {
                 cx.host.want_write(stream.sock, token);
             }
             self.close_if_done(cx, token.slot);

@@ -43,6 +43,16 @@ impl Stream {
         !self.ended && self.may_ask()
     }
 
+    /// Whether something is to be done for it: more may be read, or a question that has come may be asked.
+    pub(crate) fn wants_turn(&self) -> bool {
+        self.may_ask() && (!self.ended || self.has_question())
+    }
+
+    /// A whole question has come that was not asked yet.
+    fn has_question(&self) -> bool {
+        message_end(&self.received).is_some_and(|end| end <= self.received.len())
+    }
+
     /// Adds bytes that the guest sent.
     pub(crate) fn push(&mut self, bytes: &[u8]) {
         self.received.extend_from_slice(bytes);
@@ -70,7 +80,7 @@ impl Stream {
 
     /// Nothing is left to do for a guest that has ended.
     pub(crate) fn is_done(&self) -> bool {
-        self.ended && self.pending == 0 && self.out.is_empty()
+        self.ended && self.pending == 0 && self.out.is_empty() && !self.has_question()
     }
 }
 
@@ -82,9 +92,13 @@ pub(crate) fn frame(message: &[u8]) -> Vec<u8> {
 
 /// Takes a whole message out of a stream's bytes.
 pub(crate) fn take_message(received: &mut Vec<u8>) -> Option<Vec<u8>> {
-    let len: &[u8; 2] = received.first_chunk()?;
-    let end = 2 + usize::from(u16::from_be_bytes(*len));
+    let end = message_end(received)?;
     let message = received.get(2..end)?.to_vec();
     received.drain(..end);
     Some(message)
+}
+
+/// Where the first message of a stream's bytes ends, which may be behind what has come.
+fn message_end(received: &[u8]) -> Option<usize> {
+    Some(2 + usize::from(u16::from_be_bytes(*received.first_chunk()?)))
 }

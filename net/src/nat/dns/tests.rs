@@ -8,7 +8,7 @@ use hickory_proto::rr::rdata;
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
 use proptest::prelude::*;
 
-use super::stream::Stream;
+use super::stream::{MAX_PENDING, Stream};
 use super::transaction::MAX_ATTEMPTS;
 use super::wire::PLAIN_SIZE;
 use super::*;
@@ -265,6 +265,20 @@ fn a_stream_is_cut_into_questions_wherever_it_breaks() {
     assert!(stream.is_done());
     stream.answer(&vec![0; 300_000]);
     assert_eq!(stream.out().len(), 65_537);
+}
+
+#[test]
+fn a_stream_whose_guest_has_closed_is_done_when_all_its_questions_are_answered() {
+    let mut stream = Stream::new(SockId(3), Instant::now());
+    stream.push(&[stream::frame(b"first"), stream::frame(b"second"), vec![0, 9]].concat());
+    (stream.ended, stream.pending) = (true, MAX_PENDING);
+    assert!(!stream.wants_turn(), "too many are under way");
+    stream.pending = 0;
+    for _ in 0..2 {
+        assert!(stream.wants_turn() && !stream.is_done());
+        stream.question().unwrap();
+    }
+    assert!(stream.is_done() && !stream.wants_turn(), "what is left is no question");
 }
 
 #[test]
