@@ -98,10 +98,10 @@ impl Services {
         self.dns.expire(cx);
     }
 
-    /// Questions of guests that the host's servers were asked by datagram.
+    /// Sockets that are open for services.
     #[cfg(test)]
-    pub(crate) fn questions(&self) -> usize {
-        self.dns.inflight()
+    pub(crate) fn sockets(&self) -> usize {
+        self.dns.sockets()
     }
 
     /// A machine was unplugged from the network.

@@ -6,6 +6,7 @@
 use std::net::SocketAddrV4;
 use std::time::Duration;
 
+use super::services::Script;
 use super::world::{Plan, pattern};
 use super::{Rng, frame};
 use crate::nat::ipv4::protocol;
@@ -49,6 +50,8 @@ pub(super) struct Endpoint {
     pub(super) outcome: Option<Outcome>,
     /// Bytes that the program read.
     pub(super) got: u64,
+    /// What it says and hears instead of the pattern.
+    pub(super) script: Option<Script>,
     state: State,
     scaled: bool,
     mss: u16,
@@ -109,6 +112,7 @@ impl Endpoint {
             world,
             outcome: None,
             got: 0,
+            script: None,
             state,
             scaled: rng.chance(60),
             mss: 200 + rng.below(1260) as u16,
@@ -231,11 +235,14 @@ impl Endpoint {
         self.ack = true;
         let last = seq.wrapping_add(s.data.len() as u64);
         assert!(last <= self.edge, "flow {}: {last} is beyond the window's edge {}", self.flow, self.edge);
-        for (n, byte) in s.data.iter().enumerate() {
+        for (n, byte) in s.data.iter().enumerate().filter(|_| self.script.is_none()) {
             let at = seq + n as u64 - 1;
             assert_eq!(*byte, pattern(self.flow, true, at), "flow {}: byte {at} to the guest", self.flow);
         }
         if seq <= self.rcv && end > self.rcv {
+            if let Some(script) = &mut self.script {
+                script.received.extend(s.data.iter().skip((self.rcv - seq) as usize));
+            }
             self.rcv = end;
             self.fin |= s.flags & FIN != 0;
             self.app_at.get_or_insert(now);
@@ -351,7 +358,11 @@ impl Endpoint {
             if len == 0 && !fin {
                 return;
             }
-            let bytes: Vec<u8> = (0..len).map(|n| pattern(self.flow, false, self.nxt - 1 + n)).collect();
+            let byte = |at: u64| match &self.script {
+                Some(script) => script.out[at as usize],
+                None => pattern(self.flow, false, at),
+            };
+            let bytes: Vec<u8> = (0..len).map(|n| byte(self.nxt - 1 + n)).collect();
             let flags = if fin { ACK | FIN } else { ACK };
             self.push(out, flags, self.nxt, &bytes, offload);
             self.nxt += len + u64::from(fin);

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, VolatileSlice};
 
+use super::pipe::Far;
 use super::services;
 use super::world::{Action, Kind, Remote, World, flow_of, os, pattern, world_addr};
 use crate::nat::host::{Close, Machine, SendSpace, SockId, StreamHost};
@@ -84,6 +85,10 @@ impl Machine for SimHost {
 impl StreamHost for SimHost {
     fn connect(&mut self, to: SocketAddrV4, token: Token) -> io::Result<SockId> {
         let mut world = self.world();
+        if to.port() == 53 {
+            world.fault(&CONNECT_ERRORS)?;
+            return world.dial_server(token).map(SockId);
+        }
         let flow = flow_of(to);
         let opened = world
             .fault(&CONNECT_ERRORS)
@@ -97,8 +102,8 @@ impl StreamHost for SimHost {
         Ok(SockId(num))
     }
 
-    fn stream_pair(&mut self, _token: Token) -> io::Result<(SockId, SockId)> {
-        Err(os(libc::EMFILE))
+    fn stream_pair(&mut self, token: Token) -> io::Result<(SockId, SockId)> {
+        self.world().pair(token).map(|(ours, theirs)| (SockId(ours), SockId(theirs)))
     }
 
     fn connected(&mut self, sock: SockId) -> io::Result<()> {
@@ -133,7 +138,9 @@ impl StreamHost for SimHost {
         let mut world = self.world();
         if let Err(error) = world.fault(&[libc::ENOSPC, libc::ENOMEM]) {
             let flow = world.sock(sock).flow;
-            world.remotes[flow].failed = true;
+            if let Some(remote) = world.remotes.get_mut(flow) {
+                remote.failed = true;
+            }
             return Err(error);
         }
         world.sock(sock).token = Some(token);
@@ -157,6 +164,9 @@ impl StreamHost for SimHost {
     fn send(&mut self, id: SockId, parts: &mut dyn Iterator<Item = VolatileSlice<'_>>) -> io::Result<usize> {
         let mut guard = self.world();
         let world = &mut *guard;
+        if world.has_bytes(id) {
+            return world.bytes_send(id.0, parts);
+        }
         let mut room = world.room(&world.socks[&id.0]);
         let sock = world.socks.get_mut(&id.0).expect("open");
         if sock.dead {
@@ -202,6 +212,9 @@ impl StreamHost for SimHost {
     ) -> io::Result<usize> {
         let mut guard = self.world();
         let world = &mut *guard;
+        if world.has_bytes(id) {
+            return world.bytes_peek(id.0, offset, (parts, skip, max));
+        }
         let sock = world.socks.get_mut(&id.0).expect("open");
         let sent = world.remotes[sock.flow].sent;
         if offset > 0 && world.rng.chance(world.faults) {
@@ -226,6 +239,9 @@ impl StreamHost for SimHost {
     fn discard(&mut self, id: SockId, len: u32) {
         let mut guard = self.world();
         let world = &mut *guard;
+        if world.has_bytes(id) {
+            return world.bytes_discard(id.0, len);
+        }
         let sock = world.socks.get_mut(&id.0).expect("open");
         sock.discarded += u64::from(len);
         assert!(sock.discarded <= world.remotes[sock.flow].sent, "discarded what was never there");
@@ -234,13 +250,23 @@ impl StreamHost for SimHost {
     fn send_space(&mut self, id: SockId) -> SendSpace {
         let world = self.world();
         let sock = &world.socks[&id.0];
-        let free = world.room(sock);
         let number = |n: u64| u32::try_from(n).unwrap();
+        if world.has_bytes(id) {
+            let free = number(world.bytes_room(sock) as u64);
+            return SendSpace { free, size: 50_000, writable: free > 0 };
+        }
+        let free = world.room(sock);
         SendSpace { free: number(free - free / 8), size: number(sock.size), writable: world.writable(sock) }
     }
 
     fn shutdown_write(&mut self, id: SockId) {
-        self.world().sock(id).write_closed = true;
+        let mut guard = self.world();
+        let world = &mut *guard;
+        let sock = world.sock(id);
+        sock.write_closed = true;
+        if let Kind::Bytes(Far::End(num, uid)) = sock.kind {
+            world.arrive(num, uid, &[], true);
+        }
     }
 
     fn close(&mut self, id: SockId, how: Close) {
@@ -248,6 +274,9 @@ impl StreamHost for SimHost {
         let sock = world.socks.remove(&id.0).expect("closed twice");
         if !sock.is_of_a_service() {
             world.unread += sock.inbox.len() as u64;
+        }
+        if let Kind::Bytes(Far::End(num, uid)) = sock.kind {
+            world.hang_up(num, uid);
         }
         if !matches!(sock.kind, Kind::Stream) || sock.dead {
             return;

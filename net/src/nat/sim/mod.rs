@@ -10,6 +10,7 @@
 
 mod guest;
 mod host;
+mod pipe;
 mod services;
 mod world;
 
@@ -22,7 +23,7 @@ use vm_memory::VolatileSlice;
 
 use self::guest::{Endpoint, Outcome, Segment};
 use self::host::SimHost;
-use self::services::{Errand, Services};
+use self::services::{Errand, Script, Services};
 use self::world::{Plan, World, world_addr};
 use super::{Nat, NatConfig, Publish, PublishProtocol, PublishTo, Reservation};
 use crate::checksum::{Sum, checksum};
@@ -262,6 +263,7 @@ impl Sim {
             (Errand::Arp, 10),
             (Errand::Question, 40),
             (Errand::Lease, 20),
+            (Errand::Stream, 12),
             (Errand::Client, 20),
         ] {
             for n in 0..count {
@@ -298,9 +300,30 @@ impl Sim {
                 let (from, data) = self.services.client(&mut self.rng);
                 return self.world().datagram(from, data);
             }
+            Errand::Stream => return self.stream(guest),
             _ => self.services.errand(errand, guest_addr(guest), &mut self.rng),
         };
         self.out.push((VnetHdr::default(), frame));
+    }
+
+    /// A guest asks the gateway over TCP.
+    fn stream(&mut self, guest: usize) {
+        let now = self.world().now;
+        let script = Script::new(&mut self.rng);
+        let plan = Plan { to_world: script.out.len() as u64, ..Plan::default() };
+        let flow = {
+            let mut world = self.world();
+            world.plans.push(plan.clone());
+            world.remotes.push(world::Remote::default());
+            world.plans.len() - 1
+        };
+        let at = SocketAddrV4::new(guest_addr(guest), 40_000 + flow as u16);
+        let gateway = SocketAddrV4::new(services::GATEWAY, 53);
+        let mut end = Endpoint::new(flow, (at, gateway), plan, now, &mut self.rng);
+        end.script = Some(script);
+        self.by_port.insert((*at.ip(), at.port(), gateway), self.ends.len());
+        self.live.push(self.ends.len());
+        self.ends.push(end);
     }
 
     fn datagram(&mut self, guest: usize, ping: bool) -> Vec<u8> {
@@ -453,8 +476,8 @@ impl Sim {
         let (udp, icmp) = self.nat.datagram_flows();
         let flows = self.nat.tcp_flows().len();
         self.most = self.most.max(flows);
-        let questions = self.nat.services.questions();
-        assert_eq!(self.nat.open_sockets(), flows + udp + icmp + questions + 1, "sockets and flows");
+        let services = self.nat.services.sockets();
+        assert_eq!(self.nat.open_sockets(), flows + udp + icmp + services + 1, "sockets and flows");
         let counters = self.nat.counters();
         assert_eq!((counters.rx_frames, counters.tx_frames), (self.committed, self.taken));
     }
@@ -500,6 +523,14 @@ impl Sim {
         for end in &self.ends {
             let remote = &world.remotes[end.flow];
             let (plan, outcome) = (&end.plan, end.outcome);
+            if let Some(script) = &end.script {
+                let faults = world.faults > 0;
+                assert!(faults || self.loss > 0 || outcome == Some(Outcome::Orderly), "{end:?}");
+                if outcome == Some(Outcome::Orderly) && self.loss == 0 {
+                    script.finish(faults);
+                }
+                continue;
+            }
             let detail = || format!("flow {}: {outcome:?}, {remote:?}, {end:?}", end.flow);
             assert!(end.got <= remote.sent && remote.got <= plan.to_world, "{}", detail());
             let disturbed = plan.world_resets.is_some()

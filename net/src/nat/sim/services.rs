@@ -16,7 +16,7 @@ use crate::nat::ipv4::protocol;
 pub(super) const ECHO: (usize, u16) = (1, 5300);
 /// Machines that want leases.
 const MACHINES: u8 = 6;
-const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 122, 1);
+pub(super) const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 122, 1);
 
 /// What somebody does once.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +25,8 @@ pub(super) enum Errand {
     Ping,
     Arp,
     Question,
+    /// Questions over one TCP connection.
+    Stream,
     Lease,
     /// A client of the published UDP port sends something.
     Client,
@@ -75,6 +77,61 @@ pub(super) struct Services {
     count: u16,
 }
 
+/// A question for the address of a guest, or of somebody in the world.
+fn question(id: u16, n: usize, ours: bool) -> Vec<u8> {
+    let (name, domain) = if ours { (format!("g{n}"), "internal") } else { (format!("w{n}"), "example") };
+    let mut question = [id, 0x100, 1, 0, 0, 0].map(u16::to_be_bytes).concat();
+    for label in [name.as_str(), domain, ""] {
+        question.push(label.len() as u8);
+        question.extend(label.as_bytes());
+    }
+    question.extend([0, 1, 0, 1]);
+    question
+}
+
+/// What is said on a connection: questions with the identifiers from 1 on.
+#[derive(Debug, Default)]
+pub(super) struct Script {
+    pub(super) out: Vec<u8>,
+    pub(super) received: Vec<u8>,
+    questions: u16,
+}
+
+impl Script {
+    pub(super) fn new(rng: &mut Rng) -> Self {
+        let questions = 1 + rng.below(30) as u16;
+        let ask = |id| framed(&question(id, usize::from(id), rng.chance(30)));
+        let out = (1..=questions).flat_map(ask).collect();
+        Self { out, received: Vec::new(), questions }
+    }
+
+    /// Each question has one answer; none has any if the gateway could not serve the connection.
+    pub(super) fn finish(&self, may_fail: bool) {
+        let mut left = self.received.clone();
+        let mut ids = Vec::new();
+        while let Some(answer) = take(&mut left) {
+            assert!(answer[2] & 0x80 != 0, "{answer:?}");
+            ids.push(u16::from_be_bytes([answer[0], answer[1]]));
+        }
+        ids.sort_unstable();
+        let all: Vec<u16> = (1..=self.questions).collect();
+        assert!(left.is_empty() && (ids == all || may_fail && ids.is_empty()), "{ids:?} of {all:?}");
+    }
+}
+
+/// A message with its length in front (RFC 1035 §4.2.2).
+pub(super) fn framed(message: &[u8]) -> Vec<u8> {
+    [&(message.len() as u16).to_be_bytes(), message].concat()
+}
+
+/// Takes a whole message out.
+pub(super) fn take(bytes: &mut Vec<u8>) -> Option<Vec<u8>> {
+    let end = 2 + usize::from(u16::from_be_bytes(*bytes.first_chunk()?));
+    let message = bytes.get(2..end)?.to_vec();
+    bytes.drain(..end);
+    Some(message)
+}
+
 /// A UDP packet; [`frame`] completes it.
 pub(super) fn udp(from: u16, to: u16, data: &[u8]) -> Vec<u8> {
     let len = 8 + data.len() as u16;
@@ -98,7 +155,7 @@ impl Services {
             }
             Errand::Question => self.question(guest, rng),
             Errand::Lease => self.lease(rng),
-            Errand::Datagram | Errand::Ping | Errand::Client => Vec::new(),
+            Errand::Datagram | Errand::Ping | Errand::Client | Errand::Stream => Vec::new(),
         }
     }
 
@@ -116,15 +173,9 @@ impl Services {
         self.count += 1;
         let n = rng.below(GUESTS as u64) as usize;
         let ours = rng.chance(30);
-        let (name, domain) = if ours { (format!("g{n}"), "internal") } else { (format!("w{n}"), "example") };
         let from = SocketAddrV4::new(guest, 6000 + rng.below(4) as u16);
         self.questions.insert((from, self.count), (ours.then(|| guest_addr(n)), 0));
-        let mut question = [self.count, 0x100, 1, 0, 0, 0].map(u16::to_be_bytes).concat();
-        for label in [name.as_str(), domain, ""] {
-            question.push(label.len() as u8);
-            question.extend(label.as_bytes());
-        }
-        question.extend([0, 1, 0, 1]);
+        let question = question(self.count, n, ours);
         frame((guest, GATEWAY), protocol::UDP, udp(from.port(), 53, &question), true)
     }
 

@@ -10,6 +10,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::{Duration, Instant};
 
 use super::Rng;
+use super::pipe::Far;
 use crate::nat::host::SockId;
 use crate::nat::poller::{Events, Owner, Token};
 use crate::nat::udp::socket::{Origin, SocketError};
@@ -35,6 +36,22 @@ pub(super) struct Plan {
     pub(super) published: bool,
 }
 
+impl Default for Plan {
+    fn default() -> Self {
+        Self {
+            to_world: 0,
+            to_guest: 0,
+            world_last: false,
+            guest_last: false,
+            world_resets: None,
+            guest_resets: None,
+            connect: Ok(()),
+            delay: Duration::ZERO,
+            published: false,
+        }
+    }
+}
+
 /// The world's end of a flow.
 #[derive(Debug, Default)]
 pub(super) struct Remote {
@@ -57,6 +74,7 @@ pub(super) enum Kind {
     Listener,
     Datagram,
     Ping,
+    Bytes(Far),
 }
 
 #[derive(Debug)]
@@ -78,6 +96,8 @@ pub(super) struct Sock {
     pub(super) dead: bool,
     pub(super) error: Option<i32>,
     pub(super) inbox: VecDeque<(SocketAddrV4, Vec<u8>)>,
+    /// What a stream of real bytes has received.
+    pub(super) bytes: VecDeque<u8>,
     pub(super) errors: VecDeque<SocketError>,
 }
 
@@ -89,6 +109,10 @@ pub(super) enum Action {
     Answer(u32, u64, SocketAddrV4, Vec<u8>),
     Refuse(u32, u64, SocketAddrV4),
     Client(usize),
+    /// A connect to a DNS server ends; it sends something, and perhaps its end; a writer may go on.
+    Server(u32, u64),
+    Bytes(u32, u64, Vec<u8>, bool),
+    Room(u32, u64),
     /// The memory for send buffers is back.
     Calm,
 }
@@ -282,6 +306,9 @@ impl World {
                     self.wake(num);
                 }
             }
+            Action::Server(num, uid) => self.server(num, uid),
+            Action::Bytes(num, uid, bytes, end) => self.arrive(num, uid, &bytes, end),
+            Action::Room(num, uid) => self.room_again(num, uid),
             Action::Calm => {
                 let waiting =
                     |(num, sock): (&u32, &Sock)| (sock.nospace && self.writable(sock)).then_some(*num);
@@ -379,6 +406,7 @@ impl World {
         let sock = self.socks.get(&num).expect("open");
         let mut events = Events::empty();
         match sock.kind {
+            Kind::Bytes(_) => return self.bytes_levels(sock),
             Kind::Connecting => return events,
             Kind::Listener => events.set(Events::READ, !self.backlog.is_empty()),
             Kind::Datagram | Kind::Ping => {
@@ -419,6 +447,7 @@ impl World {
             dead: false,
             error: None,
             inbox: VecDeque::new(),
+            bytes: VecDeque::new(),
             errors: VecDeque::new(),
         };
         self.socks.insert(num, sock);
