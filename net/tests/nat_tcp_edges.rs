@@ -126,8 +126,8 @@ in_namespace! {
         nothing_is_lost_with(Offloads::empty(), 50);
     }
 
-    fn nothing_is_lost_on_a_wire_that_loses_every_twentieth_super_segment() {
-        nothing_is_lost_with(ALL, 20);
+    fn nothing_is_lost_on_a_wire_that_loses_every_eighth_super_segment() {
+        nothing_is_lost_with(ALL, 8);
     }
 
     fn a_rst_behind_the_worlds_fin_takes_no_data_from_a_guest_that_reads_late() {

@@ -34,7 +34,7 @@ impl Network {
         Self::lossy(config, offloads, u64::MAX)
     }
 
-    /// One whose wire loses every `nth` frame of each direction.
+    /// One whose wire loses every `nth` frame with data and every `nth` without, in each direction.
     pub(crate) fn lossy(config: NatConfig, offloads: Offloads, nth: u64) -> Self {
         let (guest, inbox) = mpsc::channel::<GuestJob>();
         let (ready, tap) = mpsc::channel();
@@ -113,16 +113,18 @@ impl Drop for Network {
     }
 }
 
-/// One direction of a wire that loses every `nth` frame.
+/// One direction of a wire that loses every `nth` frame with data, and every `nth` without.
 struct Loss {
     nth: u64,
-    frames: u64,
+    frames: [u64; 2],
 }
 
 impl Loss {
-    fn strikes(&mut self) -> bool {
-        self.frames += 1;
-        self.frames.is_multiple_of(self.nth)
+    fn strikes(&mut self, len: usize) -> bool {
+        const HEADERS: usize = 100;
+        let frames = &mut self.frames[usize::from(len > HEADERS)];
+        *frames += 1;
+        frames.is_multiple_of(self.nth)
     }
 }
 
@@ -139,7 +141,7 @@ impl RxRing for Forward<'_> {
     }
 
     fn commit(&mut self, hdr: VnetHdr, len: usize) {
-        if self.loss.strikes() {
+        if self.loss.strikes(len) {
             return;
         }
         let mut left = len;
@@ -165,7 +167,7 @@ fn serve(
     nat.set_offloads(offloads).unwrap();
     let memory: &'static mut [u8] = vec![0; MAX_FRAME].leak();
     let lent: Vec<_> = memory.chunks_mut(4096).map(VolatileSlice::from).collect();
-    let [mut up, mut down] = [(); 2].map(|()| Loss { nth, frames: 0 });
+    let [mut up, mut down] = [(); 2].map(|()| Loss { nth, frames: [0; 2] });
     loop {
         sys::wait([tap.as_fd(), nat.as_fd(), woken.as_fd()], -1);
         let _ = std::io::Read::read(&mut &*woken, &mut [0; 64]);

@@ -215,7 +215,7 @@ impl Endpoint {
                 self.state = State::Open;
             }
         } else if ack == self.una && s.data.is_empty() && s.flags & FIN == 0 && self.una < self.max {
-            self.dups += 1;
+            self.dups = self.dups.saturating_add(1);
             if self.dups == 3 {
                 self.nxt = self.una;
             }
