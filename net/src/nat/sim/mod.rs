@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// Seeds of every run of the tests.
-const SEEDS: u64 = 20;
+const SEEDS: u64 = 32;
 /// Seeds that failed once, with what they found. They are other runs since what a run does has changed; unit tests keep the
 /// cases.
 const FOUND: &[u64] = &[
