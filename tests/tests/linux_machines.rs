@@ -76,10 +76,11 @@ fn detached_debian_guests_are_listed_logged_typed_to_and_end_by_themselves() {
         until_so sh -c 'pontoon ps -a | grep "ended (9)"'
         pontoon logs vm1
         # What is typed before the guest is up waits for it.
-        (echo 'echo marker $((6 * 7))'; until pontoon logs shell | grep -q 'marker 42'; do sleep 0.3; done) |
-            pontoon console shell >/dev/null
+        (echo 'echo marker $((6 * 7))'
+         until pontoon logs shell | grep -q '^marker 42'; do sleep 0.3; done
+         echo poweroff) | pontoon console shell >/dev/null
         pontoon logs shell | grep -c '^marker 42'
-        echo poweroff | pontoon console shell >/dev/null
+        until_so sh -c 'pontoon ps -a | grep "ended (0)"'
         pontoon ps -a
     "#;
     let Some(output) = in_lab(script) else { return };

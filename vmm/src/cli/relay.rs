@@ -17,7 +17,7 @@ const CHUNK: usize = 64 << 10;
 pub(crate) enum Ended {
     /// The other end has closed.
     Closed,
-    /// It has closed without a word, while we had more to say or it had not heard all.
+    /// It has closed without a word, before we had said anything, or all that we had to.
     Refused,
     /// The escape was typed.
     Detached,
@@ -41,12 +41,15 @@ struct Relay<'a> {
     input: bool,
     /// Something has come from the other end.
     heard: bool,
+    /// Something went there.
+    said: bool,
 }
 
 /// Joins `stream` until one of them ends. With `escape`, ctrl-A d detaches.
 pub(crate) fn relay(stream: &UnixStream, escape: Option<Escape>, on_quit: &dyn Fn()) -> io::Result<Ended> {
     stream.set_nonblocking(true)?;
-    let mut relay = Relay { stream, escape, on_quit, pending: Vec::new(), input: true, heard: false };
+    let mut relay =
+        Relay { stream, escape, on_quit, pending: Vec::new(), input: true, heard: false, said: false };
     let stdin = io::stdin();
     loop {
         let mut stream_wants = PollFlags::IN;
@@ -80,7 +83,7 @@ impl Relay<'_> {
     fn output(&mut self) -> io::Result<Turn> {
         let mut chunk = [0; CHUNK];
         let len = match self.stream.read(&mut chunk) {
-            Ok(0) if self.input && !self.heard => return Ok(Turn::End(Ended::Refused)),
+            Ok(0) if !self.heard && (self.input || !self.said) => return Ok(Turn::End(Ended::Refused)),
             Ok(0) => return Ok(Turn::End(Ended::Closed)),
             Ok(len) => len,
             Err(error) if is_later(&error) => return Ok(Turn::GoOn),
@@ -129,7 +132,10 @@ impl Relay<'_> {
     fn send(&mut self) -> io::Result<()> {
         while !self.pending.is_empty() {
             match self.stream.write(&self.pending) {
-                Ok(sent) => drop(self.pending.drain(..sent)),
+                Ok(sent) => {
+                    self.said = true;
+                    self.pending.drain(..sent);
+                }
                 Err(error) if is_later(&error) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
                     // It reads no more; what it has still to say is read.
