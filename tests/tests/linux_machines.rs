@@ -68,6 +68,18 @@ fn a_debian_guest_serves_nc_and_is_shown_with_its_lease() {
 }
 
 #[test]
+fn a_guest_that_is_stopped_shuts_down_itself() {
+    let script = r#"
+        pontoon run debian -d --name a
+        until_so sh -c 'pontoon logs a | grep "eth0 192.168.122"'
+        pontoon stop --time 60 a
+        pontoon ps -a
+    "#;
+    let Some(output) = in_lab(script) else { return };
+    says(&output, &["ended (0): the guest powered off"]);
+}
+
+#[test]
 fn detached_debian_guests_are_listed_logged_typed_to_and_end_by_themselves() {
     let script = r#"
         pontoon run debian --detach --name shell

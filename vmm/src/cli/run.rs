@@ -186,7 +186,7 @@ fn finish(wake: Wake, command: bool) -> Outcome {
             let noteworthy = command && in_order || !(in_order || matches!(reason, ExitReason::Status(_)));
             let reason = match reason {
                 _ if command && in_order => {
-                    format!("{reason} without telling the command's exit status; see its console above")
+                    format!("{reason} without telling the command's exit status; see its console")
                 }
                 ExitReason::Stopped => "stopped".to_owned(),
                 _ => reason.to_string(),
