@@ -382,15 +382,19 @@ fn a_console_ends_with_its_machine_and_a_foreground_machine_has_none_to_give() {
 }
 
 #[test]
-fn a_guest_that_cannot_be_asked_to_shut_down_is_ended() {
+fn a_guest_that_never_shuts_down_is_ended_when_its_time_is_up() {
     if !have_kvm() {
         return;
     }
     let host = Host::new();
     host.detach(&["--name", "a"], STAY);
     host.detach(&["--name", "b"], STAY);
-    // The probe has no idea of shutting down.
-    assert_eq!(host.ok(&["stop", "--time", "1", "a", "b"]), "a\nb\n");
+    // The probe has neither an agent nor ears for a power button.
+    let stopped = host.run(&["stop", "--time", "1", "a", "b", "c"]);
+    let (out, err) = (String::from_utf8_lossy(&stopped.stdout), String::from_utf8_lossy(&stopped.stderr));
+    assert_eq!((stopped.status.code(), &*out), (Some(2), "a\nb\n"), "{}", text(&stopped));
+    assert_eq!(err.matches("did not shut down in time").count(), 2, "{err}");
+    assert!(err.contains("no machine called c"), "{err}");
     assert!(host.ps(&[]).is_empty());
     assert_eq!(host.run(&["stop", "a"]).status.code(), Some(2));
 }

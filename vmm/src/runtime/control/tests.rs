@@ -122,6 +122,8 @@ fn a_machine_tells_its_status_and_ends_when_told() {
     let mut client = machine.client();
     assert_eq!(client.status().unwrap().consoles, 0);
     assert_eq!(machine.remote.exit_reason(), None);
+    client.power_button().unwrap();
+    assert_eq!(machine.remote.exit_reason(), None, "that is the guest's to decide");
     client.kill().unwrap();
     assert_eq!(machine.remote.exit_reason(), Some(ExitReason::Stopped));
     client.status().unwrap();
