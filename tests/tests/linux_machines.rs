@@ -30,6 +30,31 @@ fn in_lab(script: &str) -> Option<Output> {
     Some(Pontoon::new(args).output())
 }
 
+#[test]
+fn limits_are_the_kernels_and_go_with_the_machine() {
+    if !have_lab() {
+        return;
+    }
+    let script = r#"
+        set -e
+        start() {
+            pontoon run probe -d --memory 64M --name a --cpu-limit 0.5 --cpu-share 20 --cmdline 'probe.do=wait=60000'
+        }
+        gone() { test -e /sys/fs/cgroup/pontoon-a && echo "$1: still there" || echo "$1: gone"; }
+        start
+        cat /sys/fs/cgroup/pontoon-a/cpu.max /sys/fs/cgroup/pontoon-a/cpu.weight
+        pontoon ps --json | sed 's/.*"pid":\([0-9]*\).*/\1/' | cmp - /sys/fs/cgroup/pontoon-a/cgroup.procs
+        pontoon kill a
+        gone ended
+        start
+        kill -9 $(cat /sys/fs/cgroup/pontoon-a/cgroup.procs)
+        until pontoon ps -a | grep 'ended (137)'; do sleep 0.1; done
+        gone killed
+    "#;
+    let output = Pontoon::new(["lab", "--timeout", "100", "--", "sh", "-c", script]).output();
+    says(&output, &["50000 100000\n20\n", "ended: gone", "killed: gone"]);
+}
+
 /// Asserts that the script went well and printed all of these.
 #[track_caller]
 fn says(output: &Output, facts: &[&str]) {
