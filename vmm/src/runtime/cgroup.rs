@@ -10,12 +10,16 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::name::MachineName;
 
 const ROOT: &str = "/sys/fs/cgroup";
 /// Microseconds over which [`CpuLimits::millis`] is counted: the kernel's own default.
 const PERIOD: u64 = 100_000;
+/// How often a group that is busy is tried to be removed, and the pause between.
+const REMOVALS: u32 = 50;
+const PAUSE: Duration = Duration::from_millis(10);
 /// What the groups' names begin with.
 const PREFIX: &str = "pontoon-";
 
@@ -95,9 +99,9 @@ impl CpuGroup {
 
 impl Drop for CpuGroup {
     fn drop(&mut self) {
-        // A group that can't be left is removed by whoever looks after the machine's end.
         if enter(&self.home).is_ok() {
-            let _ = fs::remove_dir(&self.path);
+            // The machine's kernel thread goes with the machine, which may have been a moment ago.
+            remove(&self.path);
         }
     }
 }
@@ -127,9 +131,15 @@ fn enter(group: &Path) -> io::Result<()> {
 /// Removes the group that a dead machine left, if it is one.
 pub(super) fn remove(path: &Path) {
     let ours = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(PREFIX));
-    if ours && path.starts_with(ROOT) {
-        // It fails while there are processes in it, which then are not this machine's.
-        let _ = fs::remove_dir(path);
+    if !ours || !path.starts_with(ROOT) {
+        return;
+    }
+    // A dying process lets go of its locks before its virtual machine, and with that a kernel thread in the group, is gone.
+    for _ in 0..REMOVALS {
+        match fs::remove_dir(path) {
+            Err(e) if e.kind() == io::ErrorKind::ResourceBusy => std::thread::sleep(PAUSE),
+            _ => return,
+        }
     }
 }
 
