@@ -285,6 +285,33 @@ fn a_machine_in_the_foreground_is_listed_and_leaves_nothing() {
 }
 
 #[test]
+fn a_detached_machine_keeps_nothing_of_its_starter_open() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    let lock = host.dir.path().join("lock of a script");
+    let flags = "--accel kvm --memory 64M --timeout 120 --name a";
+    let script = format!(r#"exec 9>"$1"; "$2" run probe --detach {flags} --cmdline "$3""#);
+    let output = std::process::Command::new("sh")
+        .args(["-c", &script, "sh"])
+        .args([lock.as_os_str(), pontoon_tests::pontoon().as_os_str(), STAY.as_ref()])
+        .env("XDG_RUNTIME_DIR", host.dir.path())
+        .current_dir(host.dir.path())
+        .output()
+        .expect("a shell starts");
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    let process = PathBuf::from(format!("/proc/{}", host.ps(&[])[0]["pid"]));
+    let open: Vec<_> = fs::read_dir(process.join("fd"))
+        .expect("the process lives")
+        .flatten()
+        .filter_map(|fd| fs::read_link(fd.path()).ok())
+        .collect();
+    assert!(!open.contains(&lock) && open.contains(&host.folder("a").join("lock")), "{open:?}");
+    assert_eq!(fs::read_link(process.join("cwd")).expect("the process lives"), PathBuf::from("/"));
+}
+
+#[test]
 fn a_machine_whose_starter_is_gone_before_it_runs_ends() {
     if !have_kvm() {
         return;

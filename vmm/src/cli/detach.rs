@@ -7,8 +7,11 @@
 //!
 //! A machine whose starter has gone before that line could be written ends itself: nobody has learned its name.
 
+mod sys;
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::RawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Command, Stdio};
 
@@ -71,14 +74,22 @@ pub(crate) fn start(args: &RunArgs) -> Result<u8, Failure> {
     }
 }
 
-/// Leaves the terminal and the session of whoever started us.
-pub(crate) fn leave_terminal() -> Result<(), Failure> {
+/// What this process still has of whoever started it.
+pub(crate) struct Tether {
+    /// Descriptors beside the standard streams: a lock, a pipe of a shell. They may be named by a flag (`/dev/fd/63`), so they
+    /// are kept until the guest runs.
+    inherited: Vec<RawFd>,
+}
+
+/// Leaves the terminal and the session of whoever started us. To be called before anything is opened.
+pub(crate) fn leave_terminal() -> Result<Tether, Failure> {
+    let inherited = sys::inherited();
     rustix::process::setsid().context("making a session of our own").map_err(Failure::machine)?;
-    Ok(())
+    Ok(Tether { inherited })
 }
 
 /// Tells the starter that the guest runs, and lets go of everything that is the starter's.
-pub(crate) fn tell_starter(claim: &Claim) -> Result<(), Failure> {
+pub(crate) fn tell_starter(tether: Tether, claim: &Claim) -> Result<(), Failure> {
     let path = claim.file(VMM_LOG);
     let log = OpenOptions::new()
         .append(true)
@@ -107,6 +118,7 @@ pub(crate) fn tell_starter(claim: &Claim) -> Result<(), Failure> {
         .and_then(|()| rustix::stdio::dup2_stderr(&log))
         .and_then(|()| rustix::process::chdir("/"));
     let_go.context("letting go of the terminal").map_err(Failure::machine)?;
+    sys::close(tether.inherited);
     output::limit_log(LOG_BUDGET);
     Ok(())
 }

@@ -25,10 +25,11 @@ use vmm::runtime::Scrollback;
 use vmm::runtime::control::Console;
 
 use super::args::{Accel, RunArgs};
+use super::detach::{self, Tether};
 use super::network;
 use super::registry::{self, Registered};
 use super::signals::{Signals, Wake};
-use super::{Failure, STATUS_MACHINE, STATUS_TIMEOUT, detach, inlab, output};
+use super::{Failure, STATUS_MACHINE, STATUS_TIMEOUT, inlab, output};
 
 /// The image name that means the built-in guest.
 pub(crate) const PROBE: &str = "probe";
@@ -48,9 +49,7 @@ pub(crate) enum Boot {
 
 /// Runs the machine; in the process that `run --detach` started, `detached` says so.
 pub(crate) fn run(mut args: RunArgs, detached: bool) -> Result<u8, Failure> {
-    if detached {
-        detach::leave_terminal()?;
-    }
+    let tether = detached.then(detach::leave_terminal).transpose()?;
     let boot = find_boot(&args)?;
     let kind = Host::kind();
     let in_lab = match (args.accel, &boot) {
@@ -60,7 +59,7 @@ pub(crate) fn run(mut args: RunArgs, detached: bool) -> Result<u8, Failure> {
         (Accel::Kvm, _) => false,
     };
     if !in_lab {
-        return run_here(&mut args, &boot, detached);
+        return run_here(&mut args, &boot, tether);
     }
     let why = if args.accel == Accel::Lab { "asked for".to_owned() } else { why_lab(&kind) };
     if detached {
@@ -114,7 +113,8 @@ fn find_boot(args: &RunArgs) -> Result<Boot, Failure> {
     }
 }
 
-fn run_here(args: &mut RunArgs, boot: &Boot, detached: bool) -> Result<u8, Failure> {
+fn run_here(args: &mut RunArgs, boot: &Boot, tether: Option<Tether>) -> Result<u8, Failure> {
+    let detached = tether.is_some();
     let mut registered = registry::register(args, detached)?;
     let args = &*args;
     registered.limit_cpus(args)?;
@@ -148,8 +148,8 @@ fn run_here(args: &mut RunArgs, boot: &Boot, detached: bool) -> Result<u8, Failu
     };
     let running = machine.start_here().map_err(Failure::machine)?;
     registered.running(&plugged)?;
-    if let Some(claim) = registered.claim().filter(|_| detached) {
-        detach::tell_starter(claim)?;
+    if let (Some(claim), Some(tether)) = (registered.claim(), tether) {
+        detach::tell_starter(tether, claim)?;
     }
     let wake = watch.wait(running);
     let report = Report { mac: plugged.mac, net: args.net.to_string(), network: plugged.network };
