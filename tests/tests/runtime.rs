@@ -210,6 +210,22 @@ fn a_machine_that_was_killed_by_force_is_seen_as_such_and_its_name_is_free() {
 }
 
 #[test]
+fn a_machine_that_hangs_is_listed_and_killed() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    host.detach(&["--name", "a"], STAY);
+    kill_process(pid(&host.ps(&[])[0]), Signal::STOP).expect("it is ours");
+    let hung = &host.ps(&[])[0];
+    assert_eq!((&hung["state"], &hung["address"]), (&"running".into(), &Value::Null));
+    let console = host.run(&["console", "a", "--read-only"]);
+    assert_eq!(console.status.code(), Some(125), "{}", text(&console));
+    assert_eq!(host.ok(&["kill", "a"]), "a\n");
+    assert_eq!(host.ps(&["-a"])[0]["exit"]["status"], 137, "it could not end in order");
+}
+
+#[test]
 fn what_keeps_a_detached_machine_from_starting_is_told_by_the_command() {
     if !have_kvm() {
         return;
@@ -252,6 +268,11 @@ fn a_runtime_folder_that_cannot_be_used_stops_a_detached_machine_only() {
     for command in [&["ps"][..], &["kill", "x"], &["logs", "x"]] {
         assert_eq!(host.run(command).status.code(), Some(2), "{command:?}");
     }
+    let mut relative = host.pontoon(&["ps"]);
+    relative.command().env("XDG_RUNTIME_DIR", "run");
+    let relative = relative.output();
+    assert_eq!(relative.status.code(), Some(2), "{}", text(&relative));
+    assert!(String::from_utf8_lossy(&relative.stderr).contains("absolute path"));
     fs::set_permissions(&folder, fs::Permissions::from_mode(0o700)).expect("it is ours");
 }
 

@@ -35,7 +35,13 @@ impl Runtime {
                 if !dir.is_absolute() {
                     return Err(RuntimeError::Relative(dir));
                 }
-                dir.join("pontoon")
+                // Root with the environment of somebody else would make a folder there that is not theirs.
+                match fs::metadata(&dir) {
+                    Ok(meta) if meta.uid() != uid.as_raw() => {
+                        return Err(RuntimeError::Owner { path: dir, owner: meta.uid(), ours: uid.as_raw() });
+                    }
+                    _ => dir.join("pontoon"),
+                }
             }
             None if uid.is_root() => PathBuf::from("/run/pontoon"),
             None => {
