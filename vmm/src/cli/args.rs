@@ -14,6 +14,7 @@ use net::nat::{Publish, Subnet};
 use net::tap::TapName;
 use vmm::runtime::MachineName;
 
+use super::agent_args::{CpArgs, ExecArgs};
 use super::machine_args::{
     ConsoleArgs, KillArgs, LogsArgs, NcArgs, NetInspectArgs, NetLsArgs, PsArgs, StopArgs,
 };
@@ -59,6 +60,10 @@ pub(crate) enum Command {
     Console(ConsoleArgs),
     /// Connect standard input and output to a TCP port of a guest behind its NAT: ssh -o ProxyCommand='pontoon nc %h %p'
     Nc(NcArgs),
+    /// Run a command in a machine; its exit status becomes this command's
+    Exec(ExecArgs),
+    /// Copy files and folders into a machine or out of it
+    Cp(CpArgs),
     /// Build and list guest images
     #[command(subcommand)]
     Image(ImageCommand),
@@ -533,6 +538,21 @@ mod tests {
         let Command::Run(run) = cli.command else { panic!("run was typed") };
         assert_eq!(run.command, ["ping", "-c", "3", "x"]);
         assert_eq!(run.image.as_deref(), Some("debian"));
+    }
+
+    #[test]
+    fn exec_takes_a_command_with_and_without_two_dashes() {
+        for words in
+            [&["exec", "-e", "A=b", "vm1", "--", "ls", "-l"][..], &["exec", "-e", "A=b", "vm1", "ls", "-l"]]
+        {
+            let cli = Cli::try_parse_from([&["pontoon"], words].concat()).expect("docs/exec.md has both");
+            let Command::Exec(exec) = cli.command else { panic!("exec was typed") };
+            assert_eq!(exec.command, ["ls", "-l"]);
+            assert_eq!(exec.machine.as_str(), "vm1");
+        }
+        assert!(Cli::try_parse_from(["pontoon", "exec", "vm1"]).is_err());
+        assert!(Cli::try_parse_from(["pontoon", "exec", "-t", "-T", "vm1", "ls"]).is_err());
+        assert!(Cli::try_parse_from(["pontoon", "exec", "no/name", "ls"]).is_err());
     }
 
     #[test]

@@ -3,12 +3,15 @@
 //!
 //! Nothing here can be done only here: whoever embeds the library has the same calls.
 
+mod agent_args;
 mod args;
 mod attach;
 mod carry;
 mod check;
 mod console;
+mod cp;
 mod detach;
+mod exec;
 mod image;
 mod inlab;
 mod lab;
@@ -75,6 +78,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Console(args) => console::console(&args),
         Command::Nc(args) => nc::nc(&args),
         Command::Logs(args) => logs::logs(&args),
+        Command::Exec(args) => exec::exec(&args),
+        Command::Cp(args) => cp::cp(&args),
         Command::Image(command) => image::image(command),
         Command::Net(command) => attach::net(command),
         Command::Lab(args) => lab::lab(args),
