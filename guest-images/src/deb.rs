@@ -39,6 +39,7 @@ mod config;
 mod tests;
 
 pub use config::Suite;
+pub(crate) use config::sources_of_host;
 
 /// Lists older than this are renewed before a request that was never answered before.
 const LISTS_AGE: Duration = Duration::from_secs(24 * 3600);

@@ -4,6 +4,7 @@
 //! - [`store`]: images, built once and kept: [`Store`], [`Image`].
 //! - [`initrd`]: what one boot is asked to do, carried behind an image's initrd.
 //! - [`deb`]: Debian packages without root: resolved, fetched, verified, unpacked.
+//! - [`rootfs`]: images with a disk: Debian with systemd, ssh and apt.
 //! - [`cpio`]: the writer of initramfs archives.
 //! - [`progress`]: how long work tells what it does.
 //! - [`program`]: programs of their own for Linux guests: [`INIT`] (`init/`), [`LAB_INIT`] (`lab-init/`).
@@ -15,6 +16,7 @@ mod debian;
 pub mod initrd;
 pub mod program;
 pub mod progress;
+pub mod rootfs;
 pub mod store;
 
 #[cfg(test)]
@@ -23,6 +25,7 @@ mod skip;
 
 pub use program::{INIT, LAB_INIT, Program};
 pub use progress::{Progress, Silent};
+pub use rootfs::{KernelSource, RootfsOptions};
 pub use store::{BuildOptions, Error, Image, Manifest, Store, cache_dir};
 
 /// The guest agent: a static x86-64 ELF program without libc, to be put at `/usr/sbin/pontoon-agent` of a Linux image. It

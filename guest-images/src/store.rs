@@ -1,4 +1,5 @@
-//! The store of built images: `<cache>/images/<name>/` with `vmlinuz`, `initrd` and `manifest.json`.
+//! The store of built images: `<cache>/images/<name>/` with `vmlinuz`, `initrd`, `manifest.json`, and `disk.img` for those that
+//! have a disk.
 //!
 //! # Promises
 //!
@@ -8,7 +9,7 @@
 //! - *Readers need no lock.* [`Image`] holds paths into the directory that the link named; one generation is kept behind the newest, so
 //!   a reader that was faster than a build still opens its files.
 //! - *Instant when nothing is new.* An image is current when its manifest's recipe (a hash over all that this program puts in) and its files'
-//!   SHA-256 match. Newer packages are only looked for when asked ([`BuildOptions::refresh`]).
+//!   SHA-256 match (a disk counts by its length: hashing 2 GB would not be instant). Newer packages are only looked for when asked ([`BuildOptions::refresh`]).
 //!
 //! Manifests carry a format number; one of another number counts as not built.
 
@@ -16,22 +17,30 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use crate::cpio;
 use crate::deb::{self, Freshness, Suite, sha256_of};
 use crate::debian;
 use crate::progress::Progress;
+use crate::rootfs::{self, RootfsOptions};
 
+mod manifest;
 #[cfg(test)]
 mod tests;
+
+pub use manifest::{ImageFile, KernelPackage, Manifest, PackageRecord};
 
 /// The manifest's format. Raise it when a field changes its meaning.
 pub const FORMAT: u32 = 1;
 const MANIFEST: &str = "manifest.json";
 /// The images that can be built, with what each is.
-pub const KNOWN: [(&str, &str); 1] =
-    [("debian", "Debian's cloud kernel, busybox, DHCP: a shell or one command")];
+pub const KNOWN: [(&str, &str); 2] = [
+    ("debian", "Debian's cloud kernel, busybox, DHCP: a shell or one command"),
+    (ROOTFS, "Debian with systemd, ssh and apt on a disk of its own"),
+];
+/// The usual name of an image with a disk.
+pub const ROOTFS: &str = "debian-rootfs";
 
 /// Why an image could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -42,8 +51,11 @@ pub enum Error {
     /// The initrd could not be composed.
     #[error("cannot compose the initrd: {0}")]
     Cpio(#[from] cpio::Error),
+    /// An image with a disk could not be made.
+    #[error(transparent)]
+    Rootfs(#[from] rootfs::Error),
     /// There is no recipe of that name.
-    #[error("no image is called {0:?}; those that can be built: debian")]
+    #[error("no image is called {0:?}; those that can be built: debian, debian --rootfs")]
     Unknown(String),
     /// The name is no file name.
     #[error(
@@ -105,62 +117,6 @@ pub fn cache_dir() -> Result<PathBuf, Error> {
     base.map(|base| base.join("pontoon")).ok_or(Error::NoCache)
 }
 
-/// A file of an image.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ImageFile {
-    /// Its name in the image's directory.
-    pub file: String,
-    /// Its length in bytes.
-    pub size: u64,
-    /// Its SHA-256, 64 lower-case hexadecimal digits.
-    pub sha256: String,
-}
-
-/// Where the kernel is from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct KernelPackage {
-    /// The Debian package.
-    pub package: String,
-    /// Its Debian version.
-    pub version: String,
-    /// The kernel's release, as `uname -r` tells it.
-    pub release: String,
-}
-
-/// A package that went into an image.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PackageRecord {
-    /// Its name.
-    pub name: String,
-    /// Its Debian version.
-    pub version: String,
-    /// The SHA-256 of its .deb file.
-    pub sha256: String,
-}
-
-/// What an image is made of: the content of its `manifest.json`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Manifest {
-    /// [`FORMAT`].
-    pub format: u32,
-    /// The image's name.
-    pub name: String,
-    /// The Debian suite, such as `bookworm`; empty for an image that was not built from Debian.
-    pub suite: String,
-    /// A hash over what the building program put in.
-    pub recipe: String,
-    /// The kernel.
-    pub kernel: ImageFile,
-    /// The initial RAM disk.
-    pub initrd: ImageFile,
-    /// Where the kernel is from; `None` for an image that was not built from Debian.
-    pub kernel_package: Option<KernelPackage>,
-    /// The packages, in the order of unpacking.
-    pub packages: Vec<PackageRecord>,
-    /// The kernel modules in the initrd, sorted.
-    pub modules: Vec<String>,
-}
-
 /// A built image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
@@ -168,6 +124,8 @@ pub struct Image {
     pub kernel: PathBuf,
     /// The initial RAM disk's path.
     pub initrd: PathBuf,
+    /// The disk's path, if it has one. Read it, don't change it: machines run on copies or overlays.
+    pub disk: Option<PathBuf>,
     /// What it is made of.
     pub manifest: Manifest,
 }
@@ -209,15 +167,37 @@ impl Image {
                 Err(error) => Err(damaged(format!("{}: {error}", file.file))),
             }
         };
-        Ok(Self { kernel: path(&manifest.kernel)?, initrd: path(&manifest.initrd)?, manifest })
+        let disk = manifest.disk.as_ref().map(path).transpose()?;
+        Ok(Self { kernel: path(&manifest.kernel)?, initrd: path(&manifest.initrd)?, disk, manifest })
     }
 
-    /// Checks the files' SHA-256.
+    /// Whether it was made by this recipe and is whole.
+    fn is_current(&self, recipe: &str) -> bool {
+        self.manifest.recipe == recipe
+            && self.verify_boot_files().is_ok()
+            && self.manifest.identity.as_ref().is_none_or(|key| key.is_file())
+    }
+
+    /// Checks the files' SHA-256, the disk's included: that takes seconds.
     ///
     /// # Errors
     /// [`Error::Damaged`].
     pub fn verify(&self) -> Result<(), Error> {
-        for (path, file) in [(&self.kernel, &self.manifest.kernel), (&self.initrd, &self.manifest.initrd)] {
+        self.verify_boot_files()?;
+        self.verify_files(self.disk.iter().zip(&self.manifest.disk))
+    }
+
+    /// Checks the SHA-256 of kernel and initrd.
+    fn verify_boot_files(&self) -> Result<(), Error> {
+        let Manifest { kernel, initrd, .. } = &self.manifest;
+        self.verify_files([(&self.kernel, kernel), (&self.initrd, initrd)])
+    }
+
+    fn verify_files<'a>(
+        &self,
+        files: impl IntoIterator<Item = (&'a PathBuf, &'a ImageFile)>,
+    ) -> Result<(), Error> {
+        for (path, file) in files {
             let sum = sha256_of(path).map_err(io_error("read", path))?;
             if sum != file.sha256 {
                 return Err(Error::Damaged {
@@ -309,24 +289,72 @@ impl Store {
         if !KNOWN.iter().any(|(known, _)| *known == name) {
             return Err(Error::Unknown(name.to_owned()));
         }
+        if name == ROOTFS {
+            let BuildOptions { suite, refresh, .. } = *options;
+            return self.build_rootfs(
+                name,
+                &RootfsOptions { suite, refresh, ..RootfsOptions::default() },
+                progress,
+            );
+        }
         let _lock = self.lock(name)?;
-        let former = self.get(name).inspect_err(|error| tracing::debug!(%error, "it will be built")).ok();
-        let suite = options.suite.unwrap_or_else(|| {
-            let former = former.as_ref().and_then(|image| image.manifest.suite.parse().ok());
-            former.unwrap_or_else(Suite::of_host)
-        });
+        let former = self.former(name);
+        let suite = suite_of(options.suite, former.as_ref());
         let recipe = debian::recipe(suite, &options.modules);
-        if let Some(image) = former
-            && !options.refresh
-            && image.manifest.recipe == recipe
-            && image.verify().is_ok()
-        {
+        if let Some(image) = former.filter(|image| !options.refresh && image.is_current(&recipe)) {
             progress.done(&format!("{name} is built already: {}", describe(&image)));
             return Ok(image);
         }
         let image = self.build_locked(name, suite, recipe, options, progress)?;
         progress.done(&format!("built {name}: {}", describe(&image)));
         Ok(image)
+    }
+
+    /// Builds an image with a disk under the name `name`, or finds it current: [`rootfs`] tells what is in it.
+    ///
+    /// # Errors
+    /// [`Error`]; the former image stays as it was. [`Error::Content`] for the name of another kind of image.
+    pub fn build_rootfs(
+        &self,
+        name: &str,
+        options: &RootfsOptions,
+        progress: &mut dyn Progress,
+    ) -> Result<Image, Error> {
+        check_name(name)?;
+        if name != ROOTFS && KNOWN.iter().any(|(known, _)| *known == name) {
+            let problem = format!("{name} is an image without a disk; build this one under another name");
+            return Err(Error::Content { path: self.images_dir().join(name), problem });
+        }
+        options.check()?;
+        let authorized = rootfs::authorized(&self.cache, &options.ssh_keys)?;
+        let _lock = self.lock(name)?;
+        let former = self.former(name);
+        let suite = suite_of(options.suite, former.as_ref());
+        let plan = rootfs::Plan { suite, options, authorized: &authorized.text };
+        let recipe = plan.recipe();
+        if let Some(image) = former.filter(|image| !options.refresh && image.is_current(&recipe)) {
+            progress.done(&format!("{name} is built already: {}", describe(&image)));
+            return Ok(image);
+        }
+        let dir = self.new_dir(name)?;
+        let log = self.images_dir().join(format!(".{name}.log"));
+        let made = plan.build(dir.path(), &log, progress)?;
+        progress.step("hashing the image");
+        let manifest = Manifest {
+            kernel_package: Some(made.kernel),
+            packages: made.packages,
+            disk: Some(file_record(dir.path(), rootfs::DISK)?),
+            cmdline: made.cmdline,
+            identity: authorized.identity,
+            ..Manifest::new(name, suite.to_string(), recipe, dir.path())?
+        };
+        let image = self.publish(name, dir, &manifest)?;
+        progress.done(&format!("built {name}: {}", describe(&image)));
+        Ok(image)
+    }
+
+    fn former(&self, name: &str) -> Option<Image> {
+        self.get(name).inspect_err(|error| tracing::debug!(%error, "it will be built")).ok()
     }
 
     fn build_locked(
@@ -354,12 +382,6 @@ impl Store {
             answer => answer?,
         };
         let manifest = Manifest {
-            format: FORMAT,
-            name: name.to_owned(),
-            suite: suite.to_string(),
-            recipe,
-            kernel: file_record(dir.path(), "vmlinuz")?,
-            initrd: file_record(dir.path(), "initrd")?,
             kernel_package: Some(made.kernel),
             packages: made
                 .packages
@@ -367,6 +389,7 @@ impl Store {
                 .map(|deb| PackageRecord { name: deb.name, version: deb.version, sha256: deb.sha256 })
                 .collect(),
             modules: made.modules,
+            ..Manifest::new(name, suite.to_string(), recipe, dir.path())?
         };
         self.publish(name, dir, &manifest)
     }
@@ -393,17 +416,7 @@ impl Store {
         for (from, to) in [(kernel, "vmlinuz"), (initrd, "initrd")] {
             fs::copy(from, dir.path().join(to)).map_err(io_error("copy", from))?;
         }
-        let manifest = Manifest {
-            format: FORMAT,
-            name: name.to_owned(),
-            suite: String::new(),
-            recipe: String::new(),
-            kernel: file_record(dir.path(), "vmlinuz")?,
-            initrd: file_record(dir.path(), "initrd")?,
-            kernel_package: None,
-            packages: Vec::new(),
-            modules: Vec::new(),
-        };
+        let manifest = Manifest::new(name, String::new(), String::new(), dir.path())?;
         let image = self.publish(name, dir, &manifest)?;
         progress.done(&format!("imported {name}"));
         Ok(image)
@@ -424,7 +437,8 @@ impl Store {
         let text = serde_json::to_vec_pretty(manifest).expect("strings and numbers are always JSON");
         let path = dir.path().join(MANIFEST);
         fs::write(&path, text).map_err(io_error("write", &path))?;
-        for file in [&manifest.kernel.file, &manifest.initrd.file, MANIFEST] {
+        let files = [&manifest.kernel, &manifest.initrd].into_iter().chain(&manifest.disk);
+        for file in files.map(|file| file.file.as_str()).chain([MANIFEST]) {
             let path = dir.path().join(file);
             File::open(&path).and_then(|file| file.sync_all()).map_err(io_error("write", &path))?;
         }
@@ -465,6 +479,12 @@ impl Store {
     }
 }
 
+/// The suite to build from: the one asked for, the one before, or the host's.
+fn suite_of(asked: Option<Suite>, former: Option<&Image>) -> Suite {
+    let former = || former.and_then(|image| image.manifest.suite.parse().ok());
+    asked.or_else(former).unwrap_or_else(Suite::of_host)
+}
+
 /// How the directories of an image's builds begin. The name can't end in a way that makes it another's: see [`check_name`].
 fn build_prefix(name: &str) -> String {
     format!(".{name}@")
@@ -487,8 +507,9 @@ fn file_record(dir: &Path, file: &str) -> Result<ImageFile, Error> {
 
 /// One line about an image.
 fn describe(image: &Image) -> String {
-    let Manifest { kernel_package, kernel, initrd, .. } = &image.manifest;
+    let Manifest { kernel_package, kernel, initrd, disk, .. } = &image.manifest;
     let release = kernel_package.as_ref().map_or("its own kernel", |kernel| kernel.release.as_str());
     let megabytes = |bytes: u64| format!("{}.{} MB", bytes / 1_000_000, bytes % 1_000_000 / 100_000);
-    format!("{release}, kernel {}, initrd {}", megabytes(kernel.size), megabytes(initrd.size))
+    let disk = disk.as_ref().map(|disk| format!(", disk {}", megabytes(disk.size))).unwrap_or_default();
+    format!("{release}, kernel {}, initrd {}{disk}", megabytes(kernel.size), megabytes(initrd.size))
 }

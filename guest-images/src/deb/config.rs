@@ -102,12 +102,26 @@ pub(super) fn write(dir: &Path, suite: Suite, names: &[&str]) -> Result<(), Erro
     if sources.exists() {
         return Ok(());
     }
+    write_atomically(&sources, sources_of_host(suite, false)?.as_bytes())
+}
+
+/// A sources.list of `suite` on the host's mirrors, with its backports if wanted.
+pub(crate) fn sources_of_host(suite: Suite, backports: bool) -> Result<String, Error> {
     let keyring = PathBuf::from(KEYRING);
     if !keyring.exists() {
         return Err(Error::MissingKeyring { path: keyring });
     }
     let mirrors = Mirrors::of_host(&apt::host_sources()?);
-    write_atomically(&sources, mirrors.sources_list(suite).as_bytes())
+    let mut list = mirrors.sources_list(suite);
+    if backports {
+        list.push_str(&entry(&mirrors.main, &format!("{suite}-backports")));
+    }
+    Ok(list)
+}
+
+/// One line of a sources.list.
+fn entry(uri: &str, suite: &str) -> String {
+    format!("deb [signed-by={KEYRING}] {uri} {suite} main\n")
 }
 
 /// The configuration file of the suite's directory.
@@ -198,11 +212,10 @@ impl Mirrors {
     /// The private sources.list.
     pub(super) fn sources_list(&self, suite: Suite) -> String {
         let Self { main, security } = self;
-        let entry = |uri: &str, suite: String| format!("deb [signed-by={KEYRING}] {uri} {suite} main\n");
         [
-            entry(main, suite.to_string()),
-            entry(main, format!("{suite}-updates")),
-            entry(security, format!("{suite}-security")),
+            entry(main, suite.name()),
+            entry(main, &format!("{suite}-updates")),
+            entry(security, &format!("{suite}-security")),
         ]
         .concat()
     }
