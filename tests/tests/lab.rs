@@ -9,7 +9,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use vmm::lab::{Config, Forward, Lab, LabError, Output, Run, UNPRIVILEGED, default_cache};
+use vmm::lab::{Config, Disk, DiskAccess, Forward, Lab, LabError, Output, Run, UNPRIVILEGED, default_cache};
 
 /// Far beyond what any of these commands takes, also on a loaded host.
 const BOUND: Duration = Duration::from_secs(100);
@@ -115,6 +115,53 @@ fn an_ordinary_user_opens_kvm_and_nothing_else() {
     let script = "id -u; : <>/dev/kvm && echo kvm; cat /dev/vda >/dev/null 2>&1 || echo closed";
     let output = lab.output(&Run { uid: UNPRIVILEGED, ..shell(script) }).unwrap();
     assert_eq!(text(&output), "1000\nkvm\nclosed");
+}
+
+#[test]
+fn disks_are_read_written_apart_or_written_through() {
+    let Some(mut lab) = lab() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let disk = |name: &str, access| {
+        let path = dir.path().join(name);
+        let mut content = vec![0; 1 << 20];
+        content[..name.len()].copy_from_slice(name.as_bytes());
+        fs::write(&path, content).unwrap();
+        Disk { path, access }
+    };
+    // Some names of files mean something to the emulator.
+    let disks = vec![
+        disk("pri,vate", DiskAccess::Private),
+        disk("read only", DiskAccess::ReadOnly),
+        disk("written", DiskAccess::ReadWrite),
+    ];
+    let script = "for disk in b c d; do head -c 5 /dev/vd$disk; echo; done
+        echo 12345 >/dev/vdb; head -c 5 /dev/vdb; echo
+        (echo 12345 >/dev/vdc) 2>/dev/null || echo no
+        echo 12345 >/dev/vdd";
+    for uid in [0, UNPRIVILEGED] {
+        let run = Run { uid, disks: disks.clone(), ..shell(script) };
+        let output = lab.output(&run).unwrap();
+        let written = if uid == 0 { "writt" } else { "12345" };
+        assert_eq!(text(&output), format!("pri,v\nread \n{written}\n12345\nno"), "uid {uid}");
+    }
+    let begins = |disk: &Disk| String::from_utf8_lossy(&fs::read(&disk.path).unwrap()[..6]).into_owned();
+    assert_eq!(disks.iter().map(begins).collect::<Vec<_>>(), ["pri,va", "read o", "12345\n"]);
+}
+
+#[test]
+fn a_disk_that_cannot_be_is_named_and_does_not_cost_the_snapshot() {
+    let Some(mut lab) = lab() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("odd");
+    fs::write(&path, [0; 513]).unwrap();
+    let with = |disks| Run { disks, ..shell("true") };
+    let odd = Disk { path: path.clone(), access: DiskAccess::Private };
+    let error = lab.output(&with(vec![odd.clone()])).unwrap_err().to_string();
+    assert!(error.contains("513 bytes"), "{error}");
+    assert!(matches!(lab.output(&with(vec![odd; 5])), Err(LabError::Config(_))));
+    let none = Disk { path: "/nonexistent".into(), access: DiskAccess::ReadOnly };
+    assert!(matches!(lab.output(&with(vec![none])), Err(LabError::Io { .. })));
+    assert_eq!(lab.output(&shell("exit 5")).unwrap().status.code, 5);
 }
 
 #[test]

@@ -43,6 +43,8 @@ pub(crate) fn run(job: &Job, link: &mut Link) -> Result<(), Error> {
     if !job.fetch.is_empty() {
         archive::send(&job.fetch, Fetched(link))?;
     }
+    // The emulator is killed when it has answered: what the command wrote to a disk of the host's is in the host's hands by then.
+    rustix::fs::sync();
     let exit = Exit { status, oom_kills: oom_kills()?.saturating_sub(oom_before) };
     link.send(Kind::Exit, &exit.encode())?;
     Ok(())

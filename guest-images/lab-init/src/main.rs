@@ -61,6 +61,7 @@ impl Waiting {
         machine::load(&self.late)?;
         nic::configure()?;
         archive::unpack_disk()?;
+        machine::open_disks()?;
         job::run(&job, &mut self.link)
     }
 }

@@ -80,6 +80,12 @@ pub enum LabError {
         /// The end of the console, with the emulator's own messages.
         console: String,
     },
+    /// A disk of the run's could not be had.
+    #[error("a disk is in use by another machine, or may not be had; the emulator said:\n{console}")]
+    Disk {
+        /// The end of the console, with the emulator's own messages.
+        console: String,
+    },
     /// A machine's state passes once, when it is taken or when it is given.
     #[error("the emulator has passed its machine's state already")]
     StateTwice,

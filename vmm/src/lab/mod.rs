@@ -29,7 +29,7 @@
 //!
 //! # Limits
 //!
-//! Memory 256 to 3072 MiB (default 2048), 1 to 8 CPUs (default 2). Arguments and variables together below
+//! Memory 256 to 3072 MiB (default 2048), 1 to 8 CPUs (default 2), [`MAX_DISKS`] disks. Arguments and variables together below
 //! 8 MiB. The emulated host is AMD: what depends on VT-x is not proved here. Times measured inside say
 //! nothing about real hosts.
 
@@ -115,6 +115,29 @@ pub struct Forward {
     pub lab: u16,
 }
 
+/// How many disks of its own a run can have.
+pub const MAX_DISKS: usize = 4;
+
+/// A file of this host that is a disk in the lab.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// The file, raw; its length is a multiple of 512 bytes.
+    pub path: PathBuf,
+    /// What may be done with it.
+    pub access: DiskAccess,
+}
+
+/// What the lab may do with a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskAccess {
+    /// Read it.
+    ReadOnly,
+    /// Read and write; what is written goes with the run, the file stays as it is.
+    Private,
+    /// Read and write the file.
+    ReadWrite,
+}
+
 /// One command in the lab.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Run {
@@ -132,6 +155,8 @@ pub struct Run {
     pub get: Vec<(PathBuf, PathBuf)>,
     /// Ports of this host that lead into the lab.
     pub publish: Vec<Forward>,
+    /// Disks, at most [`MAX_DISKS`]: `/dev/vdb`, `/dev/vdc`, … in the lab ([`disk_device`]).
+    pub disks: Vec<Disk>,
     /// How long the command may take, from its start.
     pub timeout: Option<Duration>,
 }
@@ -147,6 +172,7 @@ impl Run {
             put: Vec::new(),
             get: Vec::new(),
             publish: Vec::new(),
+            disks: Vec::new(),
             timeout: None,
         }
     }
@@ -286,6 +312,13 @@ impl Lab {
 /// own binary there, which may be of use or not.
 fn own_binary() -> Option<PathBuf> {
     std::env::current_exe().ok().filter(|path| path.file_name() == Some("pontoon".as_ref()))
+}
+
+/// Where the lab has the disk with this index in [`Run::disks`]: the first is `/dev/vdb`.
+#[must_use]
+pub fn disk_device(index: usize) -> PathBuf {
+    let letter = char::from(b'b' + u8::try_from(index.min(MAX_DISKS)).unwrap_or(0));
+    PathBuf::from(format!("/dev/vd{letter}"))
 }
 
 /// The name of a path's last component, for files that are put without a destination.

@@ -1,9 +1,9 @@
 //! The emulator: its command line, its process and the ends of its sockets.
 //!
 //! Both the boot and each resume get the same devices, or the state would not fit. What may differ are the
-//! things behind them: the memory file's sharing, the disk's file, forwarded ports.
+//! things behind them: the memory file's sharing, the files of the disks, forwarded ports.
 //!
-//! No path of a run appears on the command line: sockets and the disk are inherited descriptors.
+//! No path of a run appears on the command line: sockets and disks are inherited descriptors.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use super::error::{LabError, emulator};
 use super::qmp::Qmp;
-use super::{Forward, sys};
+use super::{DiskAccess, Forward, MAX_DISKS, sys};
 
 /// The emulator's name on PATH.
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -59,7 +59,21 @@ pub(super) enum Purpose<'a> {
     /// Boot, with memory changes written to the memory file.
     Boot,
     /// Resume from a state, with memory changes kept private.
-    Resume { files: &'a File, publish: &'a [Forward] },
+    Resume { files: &'a File, publish: &'a [Forward], disks: &'a [OpenDisk] },
+}
+
+/// A disk of the run's.
+#[derive(Debug)]
+pub(super) struct OpenDisk {
+    /// Open for reading, and once more for writing if it may be written: the emulator takes the one, then the other.
+    pub(super) files: Vec<File>,
+    pub(super) access: DiskAccess,
+}
+
+impl OpenDisk {
+    fn end(&self) -> DiskEnd {
+        DiskEnd { fds: self.files.iter().map(AsRawFd::as_raw_fd).collect(), access: self.access }
+    }
 }
 
 /// An emulator under way; killed when dropped.
@@ -98,10 +112,15 @@ impl Machine {
         };
         let mut command = Command::new(hardware.program);
         command.args(machine_arguments(hardware, matches!(purpose, Purpose::Boot)));
+        let disks: &[OpenDisk] = match purpose {
+            Purpose::Boot => &[],
+            Purpose::Resume { disks, .. } => disks,
+        };
         let ends = Ends {
             port: port_theirs.as_raw_fd(),
             console: console_theirs.as_raw_fd(),
             files: files.as_raw_fd(),
+            disks: disks.iter().map(OpenDisk::end).collect(),
         };
         command.args(device_arguments(&ends, purpose));
         let monitor_fd = monitor_theirs.as_raw_fd();
@@ -113,7 +132,11 @@ impl Machine {
         command.stdin(Stdio::null());
         command.stdout(Stdio::from(std::os::fd::OwnedFd::from(console_theirs.try_clone()?)));
         command.stderr(Stdio::from(std::os::fd::OwnedFd::from(console_theirs.try_clone()?)));
-        sys::tie(&mut command, vec![ends.port, ends.console, ends.files, monitor_fd]);
+        let inherited = [ends.port, ends.console, ends.files, monitor_fd].into_iter();
+        sys::tie(
+            &mut command,
+            inherited.chain(ends.disks.iter().flat_map(|disk| disk.fds.clone())).collect(),
+        );
         let child = command.spawn()?;
         port.set_nonblocking(true)?;
         console.set_nonblocking(true)?;
@@ -179,11 +202,20 @@ struct Ends {
     port: RawFd,
     console: RawFd,
     files: RawFd,
+    /// At most [`MAX_DISKS`].
+    disks: Vec<DiskEnd>,
+}
+
+/// The emulator's ends of a disk.
+#[derive(Debug)]
+struct DiskEnd {
+    fds: Vec<RawFd>,
+    access: DiskAccess,
 }
 
 /// Everything about the emulated machine that a state depends on, as text to be hashed.
 pub(super) fn identity(hardware: &Hardware<'_>) -> String {
-    let nowhere = Ends { port: 0, console: 0, files: 0 };
+    let nowhere = Ends { port: 0, console: 0, files: 0, disks: Vec::new() };
     format!("{:?} {:?}", machine_arguments(hardware, true), device_arguments(&nowhere, &Purpose::Boot))
 }
 
@@ -209,7 +241,7 @@ fn machine_arguments(hardware: &Hardware<'_>, boot: bool) -> Vec<OsString> {
 }
 
 fn device_arguments(ends: &Ends, purpose: &Purpose<'_>) -> Vec<String> {
-    let Ends { port, console, files } = ends;
+    let Ends { port, console, files, disks } = ends;
     let mut network = "user,id=net,ipv6=off".to_owned();
     if let Purpose::Resume { publish, .. } = purpose {
         for Forward { udp, address, host, lab } in *publish {
@@ -217,7 +249,7 @@ fn device_arguments(ends: &Ends, purpose: &Purpose<'_>) -> Vec<String> {
             network.push_str(&format!(",hostfwd={protocol}:{address}:{host}-:{lab}"));
         }
     }
-    [
+    let devices = [
         ("-chardev", format!("socket,id=console,fd={console}")),
         ("-serial", "chardev:console".to_owned()),
         ("-chardev", format!("socket,id=port,fd={port}")),
@@ -228,10 +260,32 @@ fn device_arguments(ends: &Ends, purpose: &Purpose<'_>) -> Vec<String> {
         ("-device", "virtio-blk-pci,drive=files".to_owned()),
         ("-netdev", network),
         ("-device", "virtio-net-pci,netdev=net,romfile=".to_owned()),
-    ]
-    .into_iter()
-    .flat_map(|(name, value)| [name.to_owned(), value])
-    .collect()
+    ];
+    let words = devices.into_iter().flat_map(|(name, value)| [name.to_owned(), value]);
+    words.chain((0..MAX_DISKS).flat_map(|slot| disk_arguments(slot, disks.get(slot)))).collect()
+}
+
+/// One slot for a disk. Every machine has all of them, or the state would not fit; one that is not used has no sectors. Their driver is
+/// loaded after the resume, and asks then.
+fn disk_arguments(slot: usize, disk: Option<&DiskEnd>) -> Vec<String> {
+    let mut words = Vec::new();
+    let backend = match disk {
+        None => "driver=null-co,size=0".to_owned(),
+        Some(DiskEnd { fds, access }) => {
+            // Set 1 is that of the run's files.
+            let set = slot + 2;
+            words.extend(fds.iter().flat_map(|fd| ["-add-fd".to_owned(), format!("fd={fd},set={set}")]));
+            let access = match access {
+                DiskAccess::ReadOnly => "readonly=on",
+                DiskAccess::Private => "snapshot=on",
+                DiskAccess::ReadWrite => "discard=unmap",
+            };
+            format!("file=/dev/fdset/{set},format=raw,{access}")
+        }
+    };
+    words.extend(["-drive".to_owned(), format!("if=none,id=disk{slot},{backend}")]);
+    words.extend(["-device".to_owned(), format!("virtio-blk-pci,drive=disk{slot}")]);
+    words
 }
 
 /// QEMU's option syntax: a comma in a value is written twice.

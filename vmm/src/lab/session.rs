@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
@@ -15,17 +15,20 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::error::{LabError, RESUMING, at, emulator};
-use super::qemu::{Machine, Purpose};
+use super::qemu::{Machine, OpenDisk, Purpose};
 use super::snapshot::Snapshot;
 use super::terminal::RawMode;
 use super::wire::{self, Exit, Job, Kind, STDIN_WINDOW};
-use super::{ExitStatus, Run, archive};
+use super::{Disk, DiskAccess, ExitStatus, MAX_DISKS, Run, archive};
 
 /// How long a resumed machine may take to its first word: 0.3 s on an idle host.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How much is read at once, in bytes.
 const CHUNK: usize = 16 << 10;
+
+/// A disk's size is a multiple of this, in bytes.
+const SECTOR: u64 = 512;
 
 /// This side's ends of the command's streams.
 pub(super) struct Streams<'a> {
@@ -56,13 +59,17 @@ pub(super) fn run(
     streams: &mut Streams<'_>,
 ) -> Result<ExitStatus, LabError> {
     let paths = snapshot.paths();
-    let purpose = Purpose::Resume { files, publish: &run.publish };
+    let disks = open_disks(&run.disks)?;
+    let purpose = Purpose::Resume { files, publish: &run.publish, disks: &disks };
     let mut machine = Machine::start(&snapshot.hardware(&paths), &purpose)?;
     if let Err(error) = machine.restore(&snapshot.state) {
         // The console says more than a broken pipe does.
         let console = machine.console.tail();
         if console.contains("host forwarding rule") {
             return Err(LabError::Publish { console });
+        }
+        if console.contains("/dev/fdset/") {
+            return Err(LabError::Disk { console });
         }
         return Err(LabError::NotResumed { reason: error.to_string(), console });
     }
@@ -91,6 +98,32 @@ pub(super) fn run(
         archive::unpack(fetched, &destinations)?;
     }
     Ok(ExitStatus { code: exit.status, oom_kills: exit.oom_kills })
+}
+
+/// The run's disks, open as they are to be used.
+fn open_disks(disks: &[Disk]) -> Result<Vec<OpenDisk>, LabError> {
+    if disks.len() > MAX_DISKS {
+        return Err(LabError::Config(format!("the lab can have {MAX_DISKS} disks, not {}", disks.len())));
+    }
+    let open = |Disk { path, access }: &Disk| {
+        let mut files = vec![File::open(path).map_err(at("open the disk", path))?];
+        if *access == DiskAccess::ReadWrite {
+            let file = File::options().read(true).write(true).open(path);
+            files.push(file.map_err(at("open for writing the disk", path))?);
+        }
+        // Seeking tells the size of block devices, too.
+        let length = (&files[0]).seek(SeekFrom::End(0)).map_err(at("look at the disk", path))?;
+        if !length.is_multiple_of(SECTOR) {
+            // The emulator would round it up for reading and refuse it for writing.
+            return Err(LabError::Config(format!(
+                "{} has {length} bytes, which is no whole number of sectors; run: truncate -s %512 {}",
+                path.display(),
+                path.display()
+            )));
+        }
+        Ok(OpenDisk { files, access: *access })
+    };
+    disks.iter().map(open).collect()
 }
 
 /// The job that the outer machine gets.
