@@ -202,25 +202,72 @@ impl RunArgs {
 #[derive(Debug, Subcommand)]
 pub(crate) enum ImageCommand {
     /// Make an image from Debian packages, without root
-    Build {
-        /// The image: debian
-        name: String,
-        /// The Debian release: bookworm or trixie [default: this host's]
-        #[arg(long)]
-        suite: Option<String>,
-        /// Ask the archive for newer packages even if the image is whole
-        #[arg(long)]
-        refresh: bool,
-        /// Print one JSON object when done
-        #[arg(long)]
-        json: bool,
-    },
+    Build(ImageBuildArgs),
     /// List the images that are ready to run
     Ls {
         /// Print a JSON array
         #[arg(long)]
         json: bool,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ImageBuildArgs {
+    /// The image: debian, or debian-rootfs (which is debian --rootfs)
+    pub(crate) image: String,
+
+    /// The Debian release: bookworm or trixie [default: this host's]
+    #[arg(long)]
+    pub(crate) suite: Option<String>,
+
+    /// Ask the archive for newer packages even if the image is whole
+    #[arg(long)]
+    pub(crate) refresh: bool,
+
+    /// Print one JSON object when done
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// A whole Debian on a disk of its own: systemd, ssh, apt (needs mmdebstrap)
+    #[arg(long)]
+    pub(crate) rootfs: bool,
+
+    #[command(flatten)]
+    pub(crate) disk: RootfsArgs,
+}
+
+/// What only an image with a disk has; each flag is refused without `--rootfs`.
+#[derive(Debug, Args)]
+#[group(id = "of_rootfs", multiple = true)]
+pub(crate) struct RootfsArgs {
+    /// With --rootfs: the image's name in the store [default: debian-rootfs]
+    #[arg(long = "name", value_name = "NAME")]
+    pub(crate) name: Option<String>,
+
+    /// With --rootfs: the kernel, the suite's own or the one of its backports (6.12 for bookworm)
+    #[arg(long = "kernel", value_enum, value_name = "KERNEL")]
+    pub(crate) kernel: Option<KernelChoice>,
+
+    /// With --rootfs: the disk's size, such as 2G (the default) or 20G; the file is sparse
+    #[arg(long = "size", value_name = "SIZE")]
+    pub(crate) size: Option<MemorySize>,
+
+    /// With --rootfs: a public key that logs in as root [default: ~/.ssh/id_*.pub, or a pair made for it]
+    #[arg(long = "ssh-key", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) ssh_key: Vec<PathBuf>,
+
+    /// With --rootfs: a Debian package more
+    #[arg(long = "package", value_name = "PACKAGE")]
+    pub(crate) package: Vec<String>,
+}
+
+/// Which kernel an image with a disk boots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KernelChoice {
+    /// The suite's own
+    Suite,
+    /// The one of the suite's backports
+    Backports,
 }
 
 #[derive(Debug, Subcommand)]
@@ -288,6 +335,15 @@ pub(crate) struct LabArgs {
     /// Carry a file or folder out when the command has ended
     #[arg(long, value_name = "THERE:HERE")]
     pub(crate) get: Vec<String>,
+
+    /// Let a port of this host lead into the lab: [ADDR:]HOSTPORT:LABPORT[/udp], on 127.0.0.1 unless ADDR says otherwise
+    #[arg(short = 'p', long = "publish", value_name = "PORT")]
+    pub(crate) publish: Vec<Publish>,
+
+    /// A file of this host as a disk of the lab: /dev/vdb, the next one /dev/vdc, up to four. What is written goes with the run; with
+    /// ,rw it goes to the file, with ,ro there is only reading
+    #[arg(long, value_name = "FILE[,ro|,rw]", value_hint = ValueHint::FilePath)]
+    pub(crate) disk: Vec<String>,
 
     /// Run as an ordinary user (uid 1000) who may open /dev/kvm, instead of root
     #[arg(long)]
@@ -399,17 +455,6 @@ pub(crate) struct DiskSpec {
     pub(crate) path: PathBuf,
     /// Read-write, read-only, or the base of an overlay.
     pub(crate) mode: DiskMode,
-}
-
-impl DiskSpec {
-    /// The words behind the path.
-    pub(crate) fn suffix(&self) -> &'static str {
-        match self.mode {
-            DiskMode::ReadWrite => "",
-            DiskMode::ReadOnly => ",ro",
-            DiskMode::Overlay => ",overlay",
-        }
-    }
 }
 
 impl FromStr for DiskSpec {

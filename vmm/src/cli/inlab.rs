@@ -1,7 +1,7 @@
 //! `pontoon run` where this host cannot: the same command, inside the lab.
 //!
 //! Files that the flags name are carried in under names of their own, the command line is written again with
-//! those names, and what the machine leaves (console file, capture, disks that it wrote) is carried out. Published ports go through
+//! those names, and what the machine leaves (console file, capture) is carried out. Disks become disks of the lab (`carry`). Published ports go through
 //! the emulator: this host's address and port lead to the lab's, and the lab's to the guest.
 
 use std::ffi::OsString;
@@ -10,13 +10,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::anyhow;
-use net::nat::{Publish, PublishProtocol};
-use vmm::lab::{self, Config, Forward, Run, RunOptions};
+use net::nat::Publish;
+use vmm::lab::{self, Config, Run, RunOptions};
 
 use super::Failure;
 use super::args::{NetSpec, RunArgs};
 use super::carry::Carried;
-use super::lab::run_in_lab;
+use super::lab::{forward, run_in_lab};
 use super::run::{Boot, PROBE};
 
 /// What the outer machine needs beside its guest's memory, in MiB.
@@ -32,14 +32,15 @@ pub(crate) fn run(args: &RunArgs, boot: &Boot) -> Result<u8, Failure> {
     let cache = lab::default_cache().ok_or_else(|| {
         Failure::usage(anyhow!("set XDG_CACHE_HOME or HOME: the lab keeps its snapshot there"))
     })?;
-    let disks = Carried::open(&args.disk)?;
-    let config = Config { memory_mib: outer_memory(args, &disks)?, ..Config::new(cache) };
+    let disks = Carried::open(&boot.disks(args))?;
+    let config = Config { memory_mib: outer_memory(args)?, ..Config::new(cache) };
     let mut run = Run::new(["pontoon"]);
     words(args, boot, &disks, &mut run);
     run.timeout = args.timeout.map(|seconds| Duration::from_secs(seconds.into()) + GRACE);
-    let status = run_in_lab(&RunOptions { config, run })?;
-    disks.finish()?;
-    Ok(status)
+    let status = run_in_lab(&RunOptions { config, run });
+    // Locked until here.
+    drop(disks);
+    status
 }
 
 /// Flags that name something of this host which the lab does not have.
@@ -65,18 +66,11 @@ fn check(args: &RunArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn outer_memory(args: &RunArgs, disks: &Carried) -> Result<u32, Failure> {
-    let carried = disks.bytes().div_ceil(1 << 20);
-    let needed = (args.memory.0 >> 20) + OUTER_MIB + carried;
+fn outer_memory(args: &RunArgs) -> Result<u32, Failure> {
+    let needed = (args.memory.0 >> 20) + OUTER_MIB;
     match u32::try_from(needed) {
         Ok(mib) if mib <= USUAL_MIB => Ok(USUAL_MIB),
         Ok(mib) if mib <= MOST_MIB => Ok(MOST_MIB),
-        _ if carried > 0 => Err(Failure::usage(anyhow!(
-            "--memory {} and disks of {carried}M are more than the lab can have; together {}M is the most, since its disks are in \
-             memory",
-            args.memory,
-            u64::from(MOST_MIB) - OUTER_MIB
-        ))),
         _ => Err(Failure::usage(anyhow!(
             "--memory {} is more than a guest in the lab can have; {}M is the most",
             args.memory,
@@ -105,7 +99,7 @@ fn words(args: &RunArgs, boot: &Boot, disks: &Carried, run: &mut Run) {
     let mut words = Words(vec!["pontoon".into(), "run".into()]);
     match boot {
         Boot::Probe => words.0.push(PROBE.into()),
-        Boot::Linux { kernel, initrd } => {
+        Boot::Linux { kernel, initrd, .. } => {
             words.flag("--kernel", put(run, kernel, "vmlinuz"));
             if let Some(initrd) = initrd {
                 words.flag("--initrd", put(run, initrd, "initrd.img"));
@@ -119,7 +113,7 @@ fn words(args: &RunArgs, boot: &Boot, disks: &Carried, run: &mut Run) {
     words.flag("--net", args.net.to_string());
     words.flag_if("--cpu-limit", args.cpu_limit);
     words.flag_if("--cpu-share", args.cpu_share);
-    words.flag_if("--cmdline", args.cmdline.as_ref());
+    words.flag_if("--cmdline", Some(boot.cmdline(args)).filter(|words| !words.is_empty()));
     words.flag_if("--mac", args.mac);
     words.flag_if("--subnet", args.subnet);
     words.flag_if("--timeout", args.timeout);
@@ -130,7 +124,7 @@ fn words(args: &RunArgs, boot: &Boot, disks: &Carried, run: &mut Run) {
         words.flag("--dns", server.0.to_string());
     }
     for publish in &args.publish {
-        run.publish.push(forward(publish));
+        run.publish.push(forward(publish, publish.host_port));
         let inside = Publish { addr: Ipv4Addr::UNSPECIFIED, ..publish.clone() };
         words.flag("-p", inside.to_string());
     }
@@ -141,7 +135,7 @@ fn words(args: &RunArgs, boot: &Boot, disks: &Carried, run: &mut Run) {
             run.get.push((inside, outside.clone()));
         }
     }
-    if args.image.is_some() && matches!(boot, Boot::Linux { .. }) {
+    if matches!(boot, Boot::Linux { our_init: true, .. }) {
         words.0.push("--our-init".into());
     }
     if args.json {
@@ -159,13 +153,4 @@ fn put(run: &mut Run, path: &Path, name: &str) -> PathBuf {
     let inside = PathBuf::from("/lab").join(name);
     run.put.push((path.to_path_buf(), inside.clone()));
     inside
-}
-
-fn forward(publish: &Publish) -> Forward {
-    Forward {
-        udp: publish.protocol == PublishProtocol::Udp,
-        address: publish.addr,
-        host: publish.host_port,
-        lab: publish.host_port,
-    }
 }

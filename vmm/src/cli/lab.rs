@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::anyhow;
-use vmm::lab::{self, Config, LabError, Run, RunOptions};
+use net::nat::{Publish, PublishProtocol};
+use vmm::lab::{self, Config, Disk, DiskAccess, Forward, LabError, Run, RunOptions};
 
 use super::args::LabArgs;
 use super::{Failure, STATUS_TIMEOUT, output};
@@ -21,6 +22,8 @@ pub(crate) fn lab(args: LabArgs) -> Result<u8, Failure> {
         let (there, here) = get.split_once(':').ok_or_else(|| usage("--get takes PATH-THERE:PATH-HERE"))?;
         run.get.push((there.into(), here.into()));
     }
+    run.publish = args.publish.iter().map(|publish| forward(publish, publish.guest_port)).collect();
+    run.disks = args.disk.iter().map(|text| disk(text)).collect::<Result<_, _>>()?;
     if args.user {
         run.uid = lab::UNPRIVILEGED;
     }
@@ -28,6 +31,16 @@ pub(crate) fn lab(args: LabArgs) -> Result<u8, Failure> {
     let config =
         Config { memory_mib: args.memory, cpus: args.cpus, packages: args.package, ..Config::new(cache) };
     run_in_lab(&RunOptions { config, run })
+}
+
+/// The emulator's part of a published port: this host's leads to the lab's `port`.
+pub(crate) fn forward(publish: &Publish, port: u16) -> Forward {
+    Forward {
+        udp: publish.protocol == PublishProtocol::Udp,
+        address: publish.addr,
+        host: publish.host_port,
+        lab: port,
+    }
 }
 
 /// Runs in the lab and turns how it ended into this process's exit status.
@@ -38,15 +51,29 @@ pub(crate) fn run_in_lab(options: &RunOptions) -> Result<u8, Failure> {
             output::error(&anyhow::Error::new(error));
             Ok(STATUS_TIMEOUT)
         }
-        Err(error @ (LabError::QemuMissing | LabError::Config(_) | LabError::Publish { .. })) => {
-            Err(Failure::usage(error))
-        }
+        Err(
+            error @ (LabError::QemuMissing
+            | LabError::Config(_)
+            | LabError::Publish { .. }
+            | LabError::Disk { .. }),
+        ) => Err(Failure::usage(error)),
         Err(error) => Err(Failure::machine(error)),
     }
 }
 
 fn usage(text: &str) -> Failure {
     Failure::usage(anyhow!("{text}"))
+}
+
+/// `FILE[,ro|,rw]`.
+fn disk(text: &str) -> Result<Disk, Failure> {
+    let modes = [(",ro", DiskAccess::ReadOnly), (",rw", DiskAccess::ReadWrite)];
+    let mode = modes.into_iter().find_map(|(word, access)| Some((text.strip_suffix(word)?, access)));
+    let (path, access) = mode.unwrap_or((text, DiskAccess::Private));
+    if !PathBuf::from(path).exists() {
+        return Err(usage(&format!("--disk {path}: there is no such file")));
+    }
+    Ok(Disk { path: path.into(), access })
 }
 
 /// `SRC[:DEST]`, where DEST is an absolute path in the lab.

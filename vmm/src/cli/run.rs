@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use devices::disk::Disk;
+use devices::disk::{Disk, DiskMode};
 use devices::serial::Hold;
 use guest_images::initrd::{self, Console as ConsoleMode, Request};
 use guest_images::{Store, store};
@@ -24,7 +24,7 @@ use vmm::machine::{BuildError, DEFAULT_CMDLINE, ExitReason, Machine, MachineBuil
 use vmm::runtime::Scrollback;
 use vmm::runtime::control::Console;
 
-use super::args::{Accel, RunArgs};
+use super::args::{Accel, DiskSpec, RunArgs};
 use super::detach::{self, Tether};
 use super::network;
 use super::registry::{self, Registered};
@@ -44,7 +44,42 @@ pub(crate) enum Boot {
         kernel: PathBuf,
         /// The initial RAM disk.
         initrd: Option<PathBuf>,
+        /// The init is ours: it runs commands, and says when it is ready for input.
+        our_init: bool,
+        /// What the image's system is on.
+        system: Option<System>,
     },
+}
+
+/// A system that an image has on a disk.
+pub(crate) struct System {
+    /// The disk; each machine has an overlay of its own on it.
+    disk: DiskSpec,
+    /// What the kernel's command line must have.
+    cmdline: String,
+}
+
+impl Boot {
+    /// The machine's disks, in order: the image's comes first.
+    pub(crate) fn disks(&self, args: &RunArgs) -> Vec<DiskSpec> {
+        let own = match self {
+            Self::Linux { system: Some(system), .. } => Some(system.disk.clone()),
+            _ => None,
+        };
+        own.into_iter().chain(args.disk.iter().cloned()).collect()
+    }
+
+    /// Words for the kernel besides the usual ones: the image's, then the user's.
+    pub(crate) fn cmdline(&self, args: &RunArgs) -> String {
+        let extra = args.cmdline.as_deref().unwrap_or_default();
+        match self {
+            // systemd.hostname: systemd(1); it comes before /etc/hostname, and networkd tells it to DHCP.
+            Self::Linux { system: Some(System { cmdline, .. }), .. } => {
+                format!("{cmdline} systemd.hostname={} {extra}", args.host_name()).trim_end().to_owned()
+            }
+            _ => extra.to_owned(),
+        }
+    }
 }
 
 /// Runs the machine; in the process that `run --detach` started, `detached` says so.
@@ -85,7 +120,12 @@ fn why_lab(kind: &KvmKind) -> String {
 
 fn find_boot(args: &RunArgs) -> Result<Boot, Failure> {
     match (&args.kernel, args.image.as_deref()) {
-        (Some(kernel), _) => Ok(Boot::Linux { kernel: kernel.clone(), initrd: args.initrd.clone() }),
+        (Some(kernel), _) => Ok(Boot::Linux {
+            kernel: kernel.clone(),
+            initrd: args.initrd.clone(),
+            our_init: args.our_init || !args.command.is_empty(),
+            system: None,
+        }),
         (None, Some(PROBE)) => {
             if args.command.is_empty() {
                 Ok(Boot::Probe)
@@ -95,22 +135,33 @@ fn find_boot(args: &RunArgs) -> Result<Boot, Failure> {
                 )))
             }
         }
-        (None, name) => {
-            let name = name.unwrap_or_default();
-            let image = Store::open_default().and_then(|store| store.get(name)).map_err(|error| match error {
-                store::Error::NotBuilt { ref name } if !store::KNOWN.iter().any(|(known, _)| known == name) => {
-                    Failure::usage(anyhow!(
-                        "no image is called '{name}'; there are: probe (built in), debian (pontoon image build debian)"
-                    ))
-                }
-                other => Failure::usage(other),
-            })?;
-            Ok(Boot::Linux {
-                kernel: image.kernel,
-                initrd: Some(args.initrd.clone().unwrap_or(image.initrd)),
-            })
-        }
+        (None, name) => find_image(args, name.unwrap_or_default()),
     }
+}
+
+fn find_image(args: &RunArgs, name: &str) -> Result<Boot, Failure> {
+    let image = Store::open_default().and_then(|store| store.get(name)).map_err(|error| match error {
+        store::Error::NotBuilt { ref name } if !store::KNOWN.iter().any(|(known, _)| known == name) => {
+            Failure::usage(anyhow!(
+                "no image is called '{name}'; there are: probe (built in), debian (pontoon image build debian), debian-rootfs \
+                 (pontoon image build debian --rootfs)"
+            ))
+        }
+        other => Failure::usage(other),
+    })?;
+    if image.disk.is_some() && !args.command.is_empty() {
+        return Err(Failure::usage(anyhow!(
+            "{name} boots its own init, which runs no command of yours; log in by ssh (-p 2222:22, docs/images.md) or on its console"
+        )));
+    }
+    let cmdline = image.manifest.cmdline;
+    let system = image.disk.map(|path| System { disk: DiskSpec { path, mode: DiskMode::Overlay }, cmdline });
+    Ok(Boot::Linux {
+        kernel: image.kernel,
+        initrd: Some(args.initrd.clone().unwrap_or(image.initrd)),
+        our_init: system.is_none(),
+        system,
+    })
 }
 
 fn run_here(args: &mut RunArgs, boot: &Boot, tether: Option<Tether>) -> Result<u8, Failure> {
@@ -127,7 +178,7 @@ fn run_here(args: &mut RunArgs, boot: &Boot, tether: Option<Tether>) -> Result<u
     if let Some(nic) = plugged.nic.take() {
         builder = builder.nic(nic);
     }
-    for disk in &args.disk {
+    for disk in boot.disks(args) {
         builder = builder.disk(Disk::open(&disk.path, disk.mode).map_err(Failure::usage)?);
     }
     if let Some(path) = args.vsock.clone().or_else(|| registered.vsock()) {
@@ -211,17 +262,20 @@ fn boot_flags(
     boot: &Boot,
     terminal: bool,
 ) -> Result<MachineBuilder, Failure> {
-    let extra = args.cmdline.as_deref().unwrap_or_default();
+    let extra = boot.cmdline(args);
     match boot {
         Boot::Probe => Ok(builder
             .kernel(Kernel::Bytes(Cow::Borrowed(guest_images::PROBE)))
             .bare_metal(true)
             .cmdline(extra)),
-        Boot::Linux { kernel, initrd } => {
+        Boot::Linux { kernel, initrd, system, .. } => {
             let mut builder =
-                builder.kernel(Kernel::Path(kernel.clone())).cmdline(linux_cmdline(extra)).balloon(true);
+                builder.kernel(Kernel::Path(kernel.clone())).cmdline(linux_cmdline(&extra)).balloon(true);
             if let Some(path) = initrd {
-                builder = builder.initrd(initrd_with_request(args, path, terminal)?);
+                builder = builder.initrd(match system {
+                    Some(_) => Kernel::Path(path.clone()),
+                    None => initrd_with_request(args, path, terminal)?,
+                });
             }
             Ok(builder)
         }
@@ -266,7 +320,7 @@ fn console(
         None => None,
     };
     if registered.is_detached() {
-        return background_console(builder, args, boot, registered, file);
+        return background_console(builder, boot, registered, file);
     }
     if let Some(file) = file {
         return Ok((builder.serial_output(file), None));
@@ -281,13 +335,12 @@ fn console(
     let builder = builder.serial_output_to(stdout).serial_input(stdin);
     // A person types again, and wants the escape at any time; a pipe's bytes come once.
     let person = io::stdin().is_terminal();
-    Ok((if person { builder.console_escape(true) } else { hold_input(builder, args, boot) }, None))
+    Ok((if person { builder.console_escape(true) } else { hold_input(builder, boot) }, None))
 }
 
 /// The console of a detached machine: to its log, and to whoever attaches.
 fn background_console(
     builder: MachineBuilder,
-    args: &RunArgs,
     boot: &Boot,
     registered: &mut Registered,
     file: Option<File>,
@@ -300,16 +353,14 @@ fn background_console(
         (None, Some(log)) => builder.serial_output(scrollback.tee(log)),
         (None, None) => builder,
     };
-    Ok((hold_input(builder.serial_input(input), args, boot), Some(console)))
+    Ok((hold_input(builder.serial_input(input), boot), Some(console)))
 }
 
 /// Input that nobody types again waits until the guest is ready for it.
-fn hold_input(builder: MachineBuilder, args: &RunArgs, boot: &Boot) -> MachineBuilder {
+fn hold_input(builder: MachineBuilder, boot: &Boot) -> MachineBuilder {
     match boot {
         Boot::Probe => builder,
-        Boot::Linux { .. } if args.our_init || args.image.is_some() || !args.command.is_empty() => {
-            builder.hold_input(Hold::Out1)
-        }
+        Boot::Linux { our_init: true, .. } => builder.hold_input(Hold::Out1),
         Boot::Linux { .. } => builder.hold_input(Hold::Interrupt),
     }
 }
