@@ -54,6 +54,8 @@ impl Snapshot {
         let program = qemu::find()?;
         let lab = config.cache.join("lab");
         fs::create_dir_all(&lab).map_err(at("make", &lab))?;
+        // A machine is named by the path of its base, among others: by whatever link the cache is reached, it is the same.
+        let lab = fs::canonicalize(&lab).map_err(at("find", &lab))?;
         let base = lab.join(format!("base-{}", base_key(config)));
         let dir = lab.join(format!("machine-{}", machine_key(&base, &program, config)?));
         let maker = Maker { config, program: &program, base: &base, dir: &dir };
