@@ -57,6 +57,29 @@ fn limits_are_the_kernels_and_go_with_the_machine() {
     says(&output, &["50000 100000\n20\n", "ended: gone", "killed: gone"]);
 }
 
+#[test]
+fn machines_on_a_bridge_are_shown_with_their_taps_which_go_with_them() {
+    if !have_lab() {
+        return;
+    }
+    let script = r#"
+        set -e
+        ip link add br0 type bridge
+        ip link set br0 up
+        for name in a b; do
+            pontoon run probe -d --memory 64M --name $name --net tap:br0 --cmdline 'probe.do=static=10.9.0.2/24;wait=60000'
+        done
+        pontoon net ls
+        pontoon net inspect b
+        pontoon nc a 22 </dev/null || echo "nc: $?"
+        pontoon kill a b
+        ip -o link | grep vnet || echo no TAP is left
+    "#;
+    let output = Pontoon::new(["lab", "--timeout", "100", "--", "sh", "-c", script]).output();
+    let rows = ["tap:br0  -       vnet0 vnet1  a b", "vnet1      bridge  br0     virtio  52:54:00:"];
+    says(&output, &[&rows[..], &["nc: 2", "no TAP is left"]].concat());
+}
+
 /// Asserts that the script went well and printed all of these.
 #[track_caller]
 fn says(output: &Output, facts: &[&str]) {

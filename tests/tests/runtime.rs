@@ -542,3 +542,30 @@ fn nc_to_what_is_not_there_ends_and_says_so_where_that_is_known() {
         assert!(String::from_utf8_lossy(&refused.stderr).contains(says), "{}", text(&refused));
     }
 }
+
+#[test]
+fn a_followed_log_that_becomes_the_old_one_is_read_to_its_end_and_the_new_one_goes_on() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    host.detach(&["--name", "a"], STAY);
+    let mut pontoon = host.pontoon(&["logs", "--follow", "a"]);
+    let mut child = pontoon.command().stdout(Stdio::piped()).spawn().expect("pontoon starts");
+    let mut lines = BufReader::new(child.stdout.take().expect("it is piped")).lines().map_while(Result::ok);
+    assert!(lines.any(|line| line.contains("\"static\"")), "the probe's orders are carried out");
+    // What the machine does when its log is full.
+    let (log, old) = (host.folder("a").join("console.log"), host.folder("a").join("console.log.1"));
+    let mut full = fs::OpenOptions::new().append(true).open(&log).expect("it is ours");
+    full.write_all(b"last of the old\n").expect("there is room");
+    fs::rename(&log, &old).expect("it is ours");
+    fs::write(&log, "first of the new\n").expect("there is room");
+    assert_eq!(lines.by_ref().take(2).collect::<Vec<_>>(), ["last of the old", "first of the new"]);
+    host.ok(&["kill", "a"]);
+    assert_eq!(lines.count(), 0);
+    assert_eq!(child.wait().expect("it ends").code(), Some(0));
+    assert!(
+        host.ok(&["logs", "a"]).ends_with("last of the old\nfirst of the new\n"),
+        "both are shown in order"
+    );
+}
