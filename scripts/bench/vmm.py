@@ -179,20 +179,20 @@ exec {qemu} -icount shift=0,sleep=off "$@"
 MEASURE = r"""
 now() { while read -r a b t rest; do [ "$a $b" = "now at" ] && return; done </proc/timer_list; }
 one() {
-    rm -f out; mkfifo out
+    rm -f out; mkfifo out; line=
     now; began=$t
     "$@" </dev/null >out 2>/dev/null & pid=$!
     while read -r line; do case $line in *"init is here"*) break ;; esac; done <out
-    now; echo "figure $((t - began))"
-    kill -9 $pid; wait $pid 2>/dev/null
+    now; case $line in *"init is here"*) echo "figure $((t - began))" ;; esac
+    kill $pid; wait $pid 2>/dev/null # timeout passes it on
 }
-line="console=ttyS0 quiet panic=-1 reboot=t"
+kernel_line="console=ttyS0 quiet panic=-1 reboot=t"
 for n in $(seq 0 $REPETITIONS); do
     echo "pontoon $n"
-    one pontoon run --accel kvm --kernel vmlinuz --initrd initrd --memory 256M --net none --cmdline "$line"
+    one timeout 20 ./$PONTOON run --accel kvm --kernel vmlinuz --initrd initrd --memory 256M --net none --cmdline "$kernel_line"
     echo "qemu $n"
-    one qemu-system-x86_64 -M microvm,accel=kvm,pit=off,pic=off,rtc=off -cpu host -m 256 -nodefaults -no-user-config \
-        -display none -no-reboot -serial stdio -kernel vmlinuz -initrd initrd -append "$line"
+    one timeout 20 qemu-system-x86_64 -M microvm,accel=kvm,pit=off,pic=off,rtc=off -cpu host -m 256 -nodefaults -no-user-config \
+        -display none -no-reboot -serial stdio -kernel vmlinuz -initrd initrd -append "$kernel_line"
 done
 """
 
@@ -238,9 +238,9 @@ def lab(pontoon, folder, repetitions):
     initrd, script = pathlib.Path(folder, "initrd"), pathlib.Path(folder, "measure")
     initrd.write_bytes(cpio([("dev", 0o40755, (0, 0), b""), ("dev/console", 0o20600, (5, 1), b""),
                              ("init", 0o100755, (0, 0), init_program())]))
-    script.write_text(MEASURE.replace("$REPETITIONS", str(repetitions)))
+    script.write_text(MEASURE.replace("$REPETITIONS", str(repetitions)).replace("$PONTOON", os.path.basename(pontoon)))
     command = [pontoon, "lab", "--cpus", "1", "--package", "qemu-system-x86", "--timeout", "600",
-               "--put", image["kernel"], "--put", str(initrd), "--put", str(script), "--", "sh", "measure"]
+               "--put", pontoon, "--put", image["kernel"], "--put", str(initrd), "--put", str(script), "--", "sh", "measure"]
     environment = {**os.environ, "PATH": f"{wrapper.parent}:{os.environ['PATH']}"}
     run = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     found = re.findall(r"^(pontoon|qemu) (\d+)\nfigure (\d+)$", run.stdout, re.M)

@@ -26,6 +26,7 @@ mod registry;
 mod relay;
 mod run;
 mod signals;
+mod sys;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -66,6 +67,7 @@ impl Failure {
 
 pub(crate) fn main() -> ExitCode {
     // A reader that has gone away (`pontoon image ls | head`) ends us as it ends any other command.
+    sys::one_arena();
     let cli = Cli::parse();
     start_log(&cli);
     let outcome = match cli.command {

@@ -86,17 +86,16 @@ impl Boot {
 pub(crate) fn run(mut args: RunArgs, detached: bool) -> Result<u8, Failure> {
     let tether = detached.then(detach::leave_terminal).transpose()?;
     let boot = find_boot(&args)?;
-    let kind = Host::kind();
     let in_lab = match (args.accel, &boot) {
         (Accel::Lab, _) => true,
-        (Accel::Auto, Boot::Linux { .. }) => !kind.runs_linux(),
-        (Accel::Auto, Boot::Probe) => !kind.is_usable(),
+        (Accel::Auto, Boot::Linux { .. }) => !Host::kind().runs_linux(),
+        (Accel::Auto, Boot::Probe) => !Host::is_usable(),
         (Accel::Kvm, _) => false,
     };
     if !in_lab {
         return run_here(&mut args, &boot, tether);
     }
-    let why = if args.accel == Accel::Lab { "asked for".to_owned() } else { why_lab(&kind) };
+    let why = if args.accel == Accel::Lab { "asked for".to_owned() } else { why_lab(&Host::kind()) };
     if detached {
         return Err(Failure::usage(anyhow!(
             "a detached machine can't be in the lab ({why}), which ends with the command that began it; put both into the \

@@ -9,6 +9,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use kvm_ioctls::{Cap, Kvm};
 
@@ -114,12 +115,17 @@ impl Host {
             Ok(kvm) => Self {
                 kind: flags.kind(),
                 api_version: Some(kvm.get_api_version()),
-                missing: missing(&kvm),
-                max_cpus: max_cpus(&kvm),
+                missing: missing(kvm),
+                max_cpus: max_cpus(kvm),
                 nested,
             },
             Err(e) => Self { kind: e.into(), api_version: None, missing: Vec::new(), max_cpus: 0, nested },
         }
+    }
+
+    /// Whether KVM is there and ours to use, of whatever kind: enough for bare-metal guests.
+    pub fn is_usable() -> bool {
+        open().is_ok()
     }
 
     /// The kind alone, which is what decides where a guest can run: a few system calls instead of dozens.
@@ -142,21 +148,27 @@ impl From<HostError> for KvmKind {
 }
 
 /// Opens KVM and checks that it has what a machine needs.
-pub(crate) fn open_checked() -> Result<Kvm, HostError> {
+pub(crate) fn open_checked() -> Result<&'static Kvm, HostError> {
     let kvm = open()?;
     let version = kvm.get_api_version();
     if version != API_VERSION {
         return Err(HostError::ApiVersion(version));
     }
-    if kvm.check_extension(YOUNGEST) { Ok(kvm) } else { Err(HostError::Missing(missing(&kvm))) }
+    if kvm.check_extension(YOUNGEST) { Ok(kvm) } else { Err(HostError::Missing(missing(kvm))) }
 }
 
-fn open() -> Result<Kvm, HostError> {
-    Kvm::new().map_err(|e| match e.errno() {
+/// One descriptor serves all of a process's machines; it is opened once, and stays.
+fn open() -> Result<&'static Kvm, HostError> {
+    static OPENED: OnceLock<Kvm> = OnceLock::new();
+    if let Some(kvm) = OPENED.get() {
+        return Ok(kvm);
+    }
+    let kvm = Kvm::new().map_err(|e| match e.errno() {
         libc::ENOENT | libc::ENXIO | libc::ENODEV => HostError::Absent(absent_advice()),
         libc::EACCES | libc::EPERM => HostError::Forbidden(forbidden_advice(Path::new(DEV_KVM))),
         errno => HostError::Open(io::Error::from_raw_os_error(errno)),
-    })
+    })?;
+    Ok(OPENED.get_or_init(|| kvm))
 }
 
 fn missing(kvm: &Kvm) -> Vec<&'static str> {
@@ -265,7 +277,7 @@ mod tests {
     #[test]
     fn a_host_that_has_the_youngest_capability_lacks_none() {
         if let Ok(kvm) = open_checked() {
-            assert_eq!(missing(&kvm), Vec::<&str>::new());
+            assert_eq!(missing(kvm), Vec::<&str>::new());
         }
     }
 

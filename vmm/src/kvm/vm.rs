@@ -67,7 +67,7 @@ impl IrqLine for IrqFd {
 /// A virtual machine. Fields drop in order: the VM before the memory that it was given.
 pub struct Vm {
     fd: VmFd,
-    kvm: Kvm,
+    kvm: &'static Kvm,
     memory: GuestMemory,
     tsc_deadline: bool,
 }
@@ -80,11 +80,11 @@ impl Vm {
     pub fn new(memory: GuestMemory, cpus: u8) -> Result<Self, VmError> {
         let kvm = open_checked()?;
         // One is possible everywhere, and asking is a system call.
-        let max = if cpus == 1 { 1 } else { max_cpus(&kvm) };
+        let max = if cpus == 1 { 1 } else { max_cpus(kvm) };
         if !(1..=max).contains(&cpus) {
             return Err(VmError::Cpus { asked: cpus, max });
         }
-        let fd = ioctl("make a virtual machine", create_vm(&kvm))?;
+        let fd = ioctl("make a virtual machine", create_vm(kvm))?;
         sys::map_memory(&fd, &memory)
             .map_err(|source| VmError::Ioctl { what: "map the guest's memory", source })?;
         let tss = usize::try_from(KVM_TSS).expect("it is below 4 GiB");
@@ -109,7 +109,7 @@ impl Vm {
     }
 
     pub(crate) fn kvm(&self) -> &Kvm {
-        &self.kvm
+        self.kvm
     }
 
     /// A line to pin `gsi` of the I/O APIC.

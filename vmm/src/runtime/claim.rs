@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::cgroup;
@@ -49,14 +50,16 @@ impl Runtime {
     fn claim_under(&self, outer: &Outer, name: &MachineName, state: State) -> Result<Claim, RuntimeError> {
         self.check_length(name)?;
         let dir = self.machine(name);
-        make_private(&dir)?;
+        let new = make_private(&dir)?;
         let path = dir.join("lock");
         let Some(lock) = lock::take(&path, outer).map_err(RuntimeError::io("locking", &path))? else {
             let pid = State::read(&dir).ok().map(|state| state.pid);
             return Err(RuntimeError::Taken { name: name.clone(), pid });
         };
         // Whatever a machine before us left: its log, its sockets.
-        empty(&dir, &["lock"]).map_err(RuntimeError::io("emptying", &dir))?;
+        if !new {
+            empty(&dir, &["lock"]).map_err(RuntimeError::io("emptying", &dir))?;
+        }
         let state = State {
             schema: SCHEMA,
             name: name.to_string(),
@@ -116,8 +119,18 @@ impl Runtime {
 
     /// Keeps the number of machines that have ended within [`ENDED_MAX`], and removes what an interrupted removal left.
     fn forget_oldest(&self, outer: &Outer) {
+        let names: Vec<_> = fs::read_dir(self.path())
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.file_name())
+            .collect();
+        // No more machines than may have ended: none of their states need be read.
+        if names.len() <= ENDED_MAX && !names.iter().any(|name| name.as_bytes().starts_with(b".gone-")) {
+            return;
+        }
         let mut ended = Vec::new();
-        for name in fs::read_dir(self.path()).into_iter().flatten().flatten().map(|entry| entry.file_name()) {
+        for name in names {
             let Some(text) = name.to_str() else { continue };
             if text.starts_with(".gone-") {
                 let _ = fs::remove_dir_all(self.path().join(text));

@@ -86,13 +86,13 @@ impl Runtime {
 }
 
 /// Makes a folder that is ours alone, or checks that it is.
-pub(super) fn make_private(path: &Path) -> Result<(), RuntimeError> {
+pub(super) fn make_private(path: &Path) -> Result<bool, RuntimeError> {
     let unusable = |source| RuntimeError::Unusable { path: path.to_path_buf(), source };
-    match fs::DirBuilder::new().mode(0o700).create(path) {
-        Ok(()) => {}
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+    let new = match fs::DirBuilder::new().mode(0o700).create(path) {
+        Ok(()) => true,
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => false,
         Err(e) => return Err(unusable(e)),
-    }
+    };
     let meta = fs::symlink_metadata(path).map_err(unusable)?;
     if !meta.is_dir() {
         return Err(RuntimeError::NotAFolder(path.to_path_buf()));
@@ -105,5 +105,5 @@ pub(super) fn make_private(path: &Path) -> Result<(), RuntimeError> {
     if mode & 0o077 != 0 {
         return Err(RuntimeError::Mode { path: path.to_path_buf(), mode });
     }
-    Ok(())
+    Ok(new)
 }
