@@ -162,6 +162,7 @@ impl Table {
         if !connection.queued && connection.has_work() {
             connection.queued = true;
             self.ready.push_back(slot);
+            debug_assert!(self.ready.len() <= self.open, "each stands there once, and only while it lives");
         }
     }
 

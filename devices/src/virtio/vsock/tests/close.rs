@@ -206,6 +206,22 @@ fn a_host_that_dies_with_unread_data_ends_both_ways() {
 }
 
 #[test]
+fn what_a_dead_host_did_not_take_is_off_the_guests_account() {
+    let mut lab = Lab::new();
+    let (mut client, key) = lab.connected(52);
+    let sent = fill_host(&mut lab, key);
+    // The guest has no room for the host's last words, so the connection lives on.
+    lab.send_credit(key, 0, 0);
+    client.write_all(b"last words").unwrap();
+    drop(client);
+    let packets = lab.packets();
+    let (told, _) = packets.iter().find(|(header, _)| header.op == Op::Shutdown as u16).unwrap();
+    assert_eq!((told.flags, told.fwd_cnt as usize), (Shutdown::RCV.bits(), sent));
+    lab.send_credit(key, ROOM, 0);
+    assert!(lab.packets().iter().any(|(_, payload)| payload == b"last words"));
+}
+
+#[test]
 fn ports_may_be_used_again_when_the_host_has_gone() {
     let mut lab = Lab::new();
     let key = Key { host: 9, guest: 77 };

@@ -144,6 +144,23 @@ fn a_guest_that_takes_no_answers_is_not_listened_to_for_ever() {
     }
 }
 
+#[test]
+fn more_packets_than_the_budget_take_more_turns_and_are_all_taken() {
+    for features in [0, F_EVENT_IDX] {
+        let mut lab = Lab::starved(features);
+        // Nobody answers these, so no other event brings the device back.
+        lab.guest.fill(OUTGOING, &lab.header(Key { host: 7, guest: 8 }, Op::Rst).to_bytes());
+        for _ in 0..TX_BUDGET + 3 {
+            lab.guest.add(TX, &[out(OUTGOING, HEADER_LEN)]);
+        }
+        lab.guest.kick(TX);
+        lab.guest.run_once();
+        assert_eq!(lab.guest.used(TX).len(), TX_BUDGET);
+        lab.guest.run();
+        assert_eq!(lab.guest.used(TX).len(), 3);
+    }
+}
+
 /// Headers that are nearly right.
 fn header() -> impl Strategy<Value = Header> {
     let cid = |usual: u64| prop_oneof![20 => Just(usual), 1 => any::<u64>(), 1 => Just(2u64)];

@@ -114,6 +114,40 @@ fn a_port_whose_path_is_too_long_is_refused() {
     assert_eq!(monitor.totals().refused(Refusal::PathTooLong), 1);
 }
 
+/// In a process of its own, since descriptors are the whole process's.
+#[test]
+fn without_descriptors_both_sides_are_refused_and_nothing_spins() {
+    const CHILD: &str = "PONTOON_TEST_WITHOUT_DESCRIPTORS";
+    if std::env::var_os(CHILD).is_none() {
+        let name = "virtio::vsock::tests::life::without_descriptors_both_sides_are_refused_and_nothing_spins";
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture"])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"));
+        return;
+    }
+    let mut lab = Lab::new();
+    let _server = lab.server(7);
+    lab.connected(52);
+    let few = rustix::process::Rlimit { current: Some(100), maximum: Some(100) };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, few).unwrap();
+    let mut late = UnixStream::connect(lab.path()).unwrap();
+    late.set_nonblocking(true).unwrap();
+    let hoard: Vec<_> = std::iter::from_fn(|| fs::File::open("/dev/null").ok()).collect();
+    assert!(!hoard.is_empty() && hoard.len() < 100);
+    // Fails if it spins.
+    lab.guest.run();
+    assert!(is_at_end(&mut late));
+    lab.send(Key { host: 7, guest: 1 }, Op::Request);
+    assert_eq!(*lab.ops().last().unwrap(), Op::Rst);
+    assert_eq!(lab.refused(Refusal::NoResources), 2);
+    drop(hoard);
+    lab.connected(53);
+}
+
 #[test]
 fn clients_that_come_before_the_driver_are_served_when_it_comes() {
     let dir = tempfile::tempdir().unwrap();
