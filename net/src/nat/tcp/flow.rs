@@ -279,6 +279,11 @@ impl Flow {
     }
 
     fn retransmit(&mut self, cx: &Cx<'_>) {
+        if self.marks.intersects(Marks::SYN | Marks::PROBE) {
+            // The last one still waits for a buffer of the guest's, who has not ignored it.
+            self.rto_at = Some(cx.now + self.rto.current());
+            return;
+        }
         self.attempts = self.attempts.saturating_add(1);
         self.rto.back_off();
         match self.state {

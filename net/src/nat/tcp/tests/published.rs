@@ -77,6 +77,20 @@ fn a_silent_guest_is_asked_four_times() {
 }
 
 #[test]
+fn a_guest_without_a_buffer_for_the_syn_has_not_ignored_it() {
+    let mut bench = published();
+    bench.ring.free = 0;
+    client(&mut bench, LOCAL);
+    for _ in 0..10 {
+        assert_eq!(bench.turn(), NOTHING);
+        bench.pass_to_deadline();
+    }
+    assert!(bench.host.closed.is_empty());
+    bench.ring.free = 1;
+    assert_eq!(bench.turn(), ["SYN 0+0 ack 0"]);
+}
+
+#[test]
 fn a_client_waits_for_a_guest_to_appear() {
     let mut bench = published();
     bench.neighbours.release(*GUEST.ip());
