@@ -50,7 +50,9 @@ fn a_machine_keeps_its_address_over_a_restart() {
         return;
     }
     let lease = |name| {
-        let reports = probe().flag(["--name", name]).order("dhcp").run();
+        // A user's machines have their names to themselves, and other tests run at the same time.
+        let name = format!("{name}-{}", std::process::id());
+        let reports = probe().flag(["--name", &name]).order("dhcp").run();
         reports.all_ok().of("dhcp")["address"].clone()
     };
     let first = lease("web");

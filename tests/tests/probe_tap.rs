@@ -9,7 +9,9 @@ use pontoon_tests::{Probe, Reports, have_kvm, pontoon};
 
 /// A machine in the host's namespace.
 fn start(lan: &Lan, name: &str, orders: &[&str]) -> Child {
-    let mut probe = Probe::new().flag(["--net", "tap:br0", "--name", name]);
+    // A user's machines have their names to themselves, and other tests run at the same time.
+    let name = format!("{name}-{}", std::process::id());
+    let mut probe = Probe::new().flag(["--net", "tap:br0", "--name", &name]);
     for order in orders {
         probe = probe.order(*order);
     }
