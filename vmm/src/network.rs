@@ -6,7 +6,7 @@
 //! order; the network lives as long as a handle to it or one of its interfaces does.
 //!
 //! A machine that shares its network with nobody needs none of this: a [`Nat`] or a [`TapPort`](net::tap::TapPort)
-//! is a [`FramePort`](net::FramePort) and goes into a [`Nic`] as it is.
+//! is a [`FramePort`] and goes into a [`Nic`] as it is.
 //!
 //! ```no_run
 //! use net::nat::NatConfig;

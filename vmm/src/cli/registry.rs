@@ -12,7 +12,7 @@ use vmm::machine::MachineBuilder;
 use vmm::runtime::control::{Console, Control, ControlError};
 use vmm::runtime::{
     CONSOLE_LOG, CONSOLE_LOG_OLD, CONTROL_SOCKET, Claim, ConsoleLog, CpuGroup, CpuLimits, LOG_MAX,
-    MachineName, Phase, Runtime, RuntimeError, State, VSOCK_SOCKET,
+    MachineName, Phase, Runtime, RuntimeError, State,
 };
 
 use super::args::{CpuLimit, RunArgs};
@@ -45,17 +45,15 @@ pub(crate) fn register(args: &mut RunArgs, detached: bool) -> Result<Registered,
         net: args.net.to_string(),
         published: args.publish.iter().map(ToString::to_string).collect(),
         console_log: args.console.as_ref().and_then(|path| std::path::absolute(path).ok()),
+        vsock: args.vsock.as_ref().and_then(|path| std::path::absolute(path).ok()),
         ..State::default()
     };
-    let at = args.vsock.as_ref().and_then(|path| std::path::absolute(path).ok());
     let claimed = Runtime::open().and_then(|runtime| match &args.name {
         Some(name) => runtime.claim(name, state),
         None => runtime.claim_numbered(state),
     });
     match claimed {
-        Ok(mut claim) => {
-            let path = at.unwrap_or_else(|| claim.file(VSOCK_SOCKET));
-            claim.update(|state| state.vsock = Some(path)).map_err(failure)?;
+        Ok(claim) => {
             let first = MachineName::numbered(1);
             if args.name.is_none() && *claim.name() != first {
                 output::note(&format!("{first} is running already; this machine is {}", claim.name()));

@@ -12,7 +12,7 @@ use super::lock::{self, Outer};
 use super::name::MachineName;
 use super::place::{Runtime, make_private};
 use super::state::{self, Exit, Phase, SCHEMA, State, StateError};
-use super::{CONSOLE_LOG, CONSOLE_LOG_OLD, ENDED_MAX, VMM_LOG};
+use super::{CONSOLE_LOG, CONSOLE_LOG_OLD, ENDED_MAX, VMM_LOG, VSOCK_SOCKET};
 
 /// Names are looked for from `vm1` to this one.
 const NUMBERED_MAX: u32 = 9999;
@@ -23,7 +23,8 @@ const KEPT: [&str; 5] = ["lock", "state.json", CONSOLE_LOG, CONSOLE_LOG_OLD, VMM
 pub(super) type Seen = (bool, Result<State, StateError>);
 
 impl Runtime {
-    /// Takes the name: makes the machine's folder, with `state` in it as "starting" with this process's number.
+    /// Takes the name: makes the machine's folder, with `state` in it as "starting" with this process's number. A vsock socket that
+    /// `state` does not name is [`VSOCK_SOCKET`] in the folder.
     ///
     /// # Errors
     /// [`RuntimeError::Taken`] when a machine of that name is alive; others when the folder cannot be used.
@@ -67,6 +68,7 @@ impl Runtime {
             state: Phase::Starting,
             started_at: state::now(),
             exit: None,
+            vsock: state.vsock.or_else(|| Some(dir.join(VSOCK_SOCKET))),
             ..state
         };
         state.write(&dir).map_err(RuntimeError::io("writing the machine's state to", &dir))?;
