@@ -111,8 +111,9 @@ fn the_tap_is_the_next_vnet_and_goes_with_its_machine() {
 fn a_bridge_that_is_not_there_is_one_clear_error() {
     let Some(lan) = lan() else { return };
     let mut command = lan.in_host(pontoon());
+    let name = format!("no-bridge-{}", std::process::id());
     let output = command
-        .args(Probe::new().flag(["--net", "tap:nobr0"]).order("dhcp").args())
+        .args(Probe::new().flag(["--net", "tap:nobr0", "--name", &name]).order("dhcp").args())
         .output()
         .expect("it starts");
     let text = String::from_utf8_lossy(&output.stderr);
