@@ -22,6 +22,7 @@ pub mod agent;
 pub mod boot;
 pub mod console;
 pub mod cpuid;
+mod deadline;
 pub mod kvm;
 pub mod lab;
 pub mod layout;

@@ -11,6 +11,7 @@ use super::connect::{Address, PATIENCE};
 use super::error::{AgentError, local, shown};
 use super::link::Link;
 use super::wire::{Kind, PORT};
+use crate::deadline;
 
 /// How long the agent may take to say that it has begun, or that it can't.
 pub(super) const ANSWER: Duration = Duration::from_secs(30);
@@ -100,7 +101,7 @@ impl Client {
     /// # Errors
     /// [`AgentError`] of the last attempt; at once for what waiting does not change.
     pub fn wait_until_ready(&self, patience: Duration) -> Result<String, AgentError> {
-        let deadline = Instant::now() + patience;
+        let deadline = deadline::after(patience);
         loop {
             let left = deadline.saturating_duration_since(Instant::now()).max(AGAIN);
             match self.ask(Kind::Ping, Kind::Pong, left.min(ANSWER)) {

@@ -20,6 +20,7 @@ use super::error::{AgentError, failure, local};
 use super::exec::ExitStatus;
 use super::link::{Link, refused};
 use super::wire::{self, Exit, Failure, Kind, MAX_FRAME, WINDOW};
+use crate::deadline;
 
 /// What poll's readiness of a descriptor that blocks is good for: a pipe has room for as much (PIPE_BUF).
 const SURE: usize = 4096;
@@ -233,7 +234,7 @@ impl Pump {
         timeout: Option<Duration>,
         program: &str,
     ) -> Result<Self, AgentError> {
-        let timeout = timeout.map(|limit| (Instant::now() + limit, limit));
+        let timeout = timeout.map(|limit| (deadline::after(limit), limit));
         match link.answer(ANSWER)? {
             (Kind::Started, _) => {}
             (Kind::NotStarted, payload) => {

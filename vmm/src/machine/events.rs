@@ -74,7 +74,13 @@ pub(super) fn new_loop(end: &Arc<End>, workers: Vec<Worker>) -> Result<Loop, Sta
     Ok(events)
 }
 
+/// Turns that the workers still get when the vCPUs have stopped.
+const LAST_TURNS: usize = 8;
+
 /// Serves events until the end, then stops the vCPUs, then drops the workers.
+///
+/// What the guest handed over before its end is still carried out, within [`LAST_TURNS`]: a doorbell may have rung just
+/// before the guest powered off, and its last frame acknowledges what a peer would repeat for minutes.
 pub(super) fn serve(mut events: Loop, end: &End, vcpus: VcpuThreads) {
     // Dropped in reverse: first `end` learns of a panic, then the vCPUs are stopped, while the workers still stand.
     let vcpus = vcpus;
@@ -89,7 +95,50 @@ pub(super) fn serve(mut events: Loop, end: &End, vcpus: VcpuThreads) {
             }
         }
     }
-    drop(guard);
     drop(vcpus);
+    for _ in 0..LAST_TURNS {
+        if events.run_with_timeout(0).is_err() {
+            break;
+        }
+    }
+    drop(guard);
     drop(events);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    use super::*;
+
+    /// A device whose doorbell rings.
+    struct Rung {
+        doorbell: EventFd,
+        served: Arc<AtomicBool>,
+    }
+
+    impl MutEventSubscriber for Rung {
+        fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
+            let _ = self.doorbell.read();
+            self.served.store(true, Ordering::Relaxed);
+        }
+
+        fn init(&mut self, ops: &mut EventOps<'_>) {
+            ops.add(Events::new(&self.doorbell, EventSet::IN)).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_doorbell_that_rang_before_the_end_is_answered() {
+        let end = Arc::new(End::new().unwrap());
+        let (doorbell, served) = (EventFd::new(EFD_NONBLOCK).unwrap(), Arc::new(AtomicBool::new(false)));
+        doorbell.write(1).unwrap();
+        let events = new_loop(&end, vec![Box::new(Rung { doorbell, served: Arc::clone(&served) })]).unwrap();
+        end.now(ExitReason::PowerOff);
+        serve(events, &end, VcpuThreads::new(Arc::clone(&end), 0));
+        assert!(served.load(Ordering::Relaxed));
+        assert_eq!(end.reason(), Some(ExitReason::PowerOff));
+    }
 }

@@ -14,8 +14,8 @@
 //! A serial console whose sink may block adds one.
 //!
 //! **The end.** Whatever ends a machine (a device that the guest asked, a vCPU that failed, [`Running::stop`]) stores its
-//! reason, the first one wins, and wakes the I/O thread. That one kicks and joins the vCPUs, drops the devices and
-//! ends itself. When [`Running::wait`] has returned, or [`Running`] is dropped, no vCPU, descriptor or mapping of the
+//! reason, the first one wins, and wakes the I/O thread. That one kicks and joins the vCPUs, serves what the guest handed
+//! over before its end, drops the devices and ends itself. When [`Running::wait`] has returned, or [`Running`] is dropped, no vCPU, descriptor or mapping of the
 //! machine is left; only a sink of serial output that blocks keeps the thread that waits for it.
 
 mod builder;

@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::events::{Loop, VcpuThreads, serve};
 use super::exit::{End, ExitReason};
 use super::hardware::Hardware;
+use crate::deadline;
 use crate::kvm::Vm;
 
 /// What a machine's devices have seen.
@@ -129,7 +130,7 @@ impl Running {
 
     /// Waits at most `limit` for the end.
     pub fn wait_for(&self, limit: Duration) -> Option<ExitReason> {
-        let deadline = Instant::now() + limit;
+        let deadline = deadline::after(limit);
         while self.end.reason().is_none() {
             let left = deadline.saturating_duration_since(Instant::now());
             let left = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });

@@ -17,6 +17,7 @@ use super::name::MachineName;
 use super::place::Runtime;
 use super::state::{Phase, State, StateError};
 use crate::agent;
+use crate::deadline;
 
 /// What a machine is doing, by its lock and its state together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -197,7 +198,7 @@ impl Process {
 
     /// Waits for its end, for at most `limit`; false when it still lives.
     pub fn wait(&self, limit: Duration) -> bool {
-        let until = Instant::now() + limit;
+        let until = deadline::after(limit);
         loop {
             let left = until.saturating_duration_since(Instant::now());
             let left = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
