@@ -15,7 +15,7 @@ use guest_images::{KernelSource, RootfsOptions, Silent, Store, rootfs, store};
 use pontoon_tests::{Pontoon, have_lab, skip};
 
 /// From power-on to a shell by ssh, on a host that has other work too.
-const BOOT: Duration = Duration::from_secs(360);
+const BOOT: Duration = Duration::from_secs(600);
 
 /// A built image with the key that opens it.
 struct Built {
@@ -190,14 +190,16 @@ fn debian_12_boots_to_running_with_ssh_and_its_disk_stays_as_it_was() {
     let dir = tempfile::tempdir().expect("the temporary directory is writable");
     let home = dir.path().join("pontoon");
     fs::create_dir(&home).expect("it is writable");
-    let lab = guest_images::cache_dir().expect("HOME is set").join("lab");
-    fs::create_dir_all(&lab).expect("the cache is writable");
-    for (name, target) in [("images", built.store.images_dir()), ("lab", lab)] {
+    let usual = |name| guest_images::cache_dir().expect("HOME is set").join(name);
+    for (name, target) in [("images", built.store.images_dir()), ("lab", usual("lab")), ("apt", usual("apt"))]
+    {
+        fs::create_dir_all(&target).expect("the cache is writable");
         std::os::unix::fs::symlink(target, home.join(name)).expect("it is writable");
     }
     let port = free_port();
     let publish = format!("{port}:22");
-    let words = ["run", built.name, "--accel", "lab", "--name", "guest1", "--timeout", "700", "-p", &publish];
+    let words =
+        ["run", built.name, "--accel", "lab", "--name", "guest1", "--timeout", "1000", "-p", &publish];
     let mut pontoon = Pontoon::new(words);
     pontoon.command().env("XDG_CACHE_HOME", dir.path());
     let mut machine = Machine::start(pontoon, port, &built.key, dir.path().join("console"));
@@ -227,7 +229,7 @@ fn the_kernel_of_backports_boots_the_same_system_on_an_overlay_of_a_block_device
     let port = free_port();
     // The same by hand: two port forwards in a row, a disk of the lab, an overlay of ours on it.
     let script = format!(
-        "pontoon run --kernel vmlinuz --initrd initrd --disk /dev/vdb,overlay --accel kvm --name guest1 --timeout 700 \
+        "pontoon run --kernel vmlinuz --initrd initrd --disk /dev/vdb,overlay --accel kvm --name guest1 --timeout 1000 \
          -p 0.0.0.0:{port}:22 --cmdline '{} systemd.hostname=guest1'",
         image.manifest.cmdline
     );
@@ -239,7 +241,7 @@ fn the_kernel_of_backports_boots_the_same_system_on_an_overlay_of_a_block_device
     let words = [
         "lab",
         "--timeout",
-        "730",
+        "1030",
         "--put",
         &put(&image.kernel),
         "--put",
