@@ -5,7 +5,7 @@
 //!   MmioTransport ── VirtioDevice ··shared··>  worker: MutEventSubscriber
 //!     registers, handshake   config, activate    queues, guest memory, backend
 //!        │                                          ▲           │
-//!        └── ioeventfd / QueueNotify ── kick fds ───┘           └── Interrupt ── IrqLine
+//!        └── ioeventfd / QueueNotify ── Doorbell ───┘           └── Interrupt ── IrqLine
 //! ```
 //!
 //! **Two halves.** A device is made as a pair: the half that implements [`VirtioDevice`] goes into a transport and
@@ -27,10 +27,10 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::eventfd::EventFd;
 
 pub mod balloon;
 pub mod blk;
+mod doorbell;
 mod interrupt;
 pub mod mmio;
 pub mod net;
@@ -41,6 +41,7 @@ pub mod rng;
 pub(crate) mod testing;
 pub mod vsock;
 
+pub use doorbell::Doorbell;
 pub use interrupt::Interrupt;
 pub use queue::{Direction, MAX_DESCRIPTORS, QueueError, Ring};
 
@@ -96,8 +97,8 @@ pub trait VirtioDevice: Send {
     /// Largest size of each queue, a power of two.
     fn queue_sizes(&self) -> &[u16];
 
-    /// One eventfd for each queue, written when the driver kicks it. Non-blocking, the same for the whole life.
-    fn kicks(&self) -> &[EventFd];
+    /// Rung when the driver kicks a queue. The same for the whole life.
+    fn doorbell(&self) -> &Doorbell;
 
     /// Reads the configuration space; bytes beyond its end are zero. `data` is 1, 2, 4 or 8 bytes.
     fn read_config(&self, offset: u64, data: &mut [u8]);

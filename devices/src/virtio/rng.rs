@@ -8,14 +8,13 @@
 use std::io::{self, Read};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use event_manager::{EventOps, Events, MutEventSubscriber};
 use rustix::rand::GetRandomFlags;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use vm_memory::{GuestMemoryMmap, VolatileSlice};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
-    ActivateError, Activation, Direction, Interrupt, Memory, QueueError, Ring, VirtioDevice,
+    ActivateError, Activation, Direction, Doorbell, Interrupt, Memory, QueueError, Ring, VirtioDevice,
     read_config_space,
 };
 
@@ -36,16 +35,10 @@ struct Active {
 
 struct Shared {
     active: Mutex<Option<Active>>,
-    kicks: [EventFd; 1],
+    doorbell: Doorbell,
 }
 
 impl Shared {
-    /// Lets the worker take a turn, behind the other devices' events.
-    fn wake_worker(&self) {
-        // Fails only when the counter is at its limit, and then it is readable anyway.
-        let _ = self.kicks[0].write(1);
-    }
-
     fn lock(&self) -> MutexGuard<'_, Option<Active>> {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -84,7 +77,7 @@ impl Rng {
     /// # Errors
     /// When the host refuses an eventfd.
     pub fn with_source(source: Box<dyn Read + Send>) -> io::Result<(Self, RngWorker)> {
-        let shared = Arc::new(Shared { active: Mutex::new(None), kicks: [EventFd::new(EFD_NONBLOCK)?] });
+        let shared = Arc::new(Shared { active: Mutex::new(None), doorbell: Doorbell::new()? });
         let worker = RngWorker { shared: Arc::clone(&shared), source, buffer: Box::new([0; MAX_BYTES]) };
         Ok((Self(shared), worker))
     }
@@ -103,8 +96,8 @@ impl VirtioDevice for Rng {
         &[QUEUE_SIZE]
     }
 
-    fn kicks(&self) -> &[EventFd] {
-        &self.0.kicks
+    fn doorbell(&self) -> &Doorbell {
+        &self.0.doorbell
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -116,7 +109,7 @@ impl VirtioDevice for Rng {
         let ring = queues.into_iter().next().and_then(Ring::new).ok_or(ActivateError::QueueMissing(0))?;
         *self.0.lock() = Some(Active { memory, interrupt, ring });
         // Buffers may be available already.
-        self.0.wake_worker();
+        self.0.doorbell.ring();
         Ok(())
     }
 
@@ -138,7 +131,7 @@ impl RngWorker {
                     active.interrupt.used();
                 }
                 if more {
-                    self.shared.wake_worker();
+                    self.shared.doorbell.ring();
                 }
             }
             Err(error) => {
@@ -152,13 +145,11 @@ impl RngWorker {
 
 impl MutEventSubscriber for RngWorker {
     fn init(&mut self, ops: &mut EventOps) {
-        if let Err(error) = ops.add(Events::with_data(&self.shared.kicks[0], KICK, EventSet::IN)) {
-            tracing::error!(%error, "the entropy device can't be polled and will not work");
-        }
+        self.shared.doorbell.listen(ops, KICK, "entropy device");
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        let _ = self.shared.kicks[0].read();
+        self.shared.doorbell.silence();
         self.turn();
     }
 }

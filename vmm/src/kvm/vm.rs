@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use devices::IrqLine;
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use devices::virtio::Doorbell;
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::host::{HostError, max_cpus, open_checked};
@@ -123,14 +124,15 @@ impl Vm {
         Ok(Arc::new(IrqFd(fd)))
     }
 
-    /// Lets a 32-bit write of `value` at `address` signal `doorbell` without leaving the kernel.
+    /// Lets a write at `address`, of any width and value, ring `doorbell` without leaving the kernel.
     ///
     /// # Errors
     /// [`VmError`], when KVM refuses.
-    pub fn doorbell(&self, doorbell: &EventFd, address: u64, value: u32) -> Result<(), VmError> {
+    pub fn doorbell(&self, doorbell: &Doorbell, address: u64) -> Result<(), VmError> {
+        let address = IoEventAddress::Mmio(address);
         ioctl(
             "register a doorbell",
-            self.fd.register_ioevent(doorbell, &IoEventAddress::Mmio(address), value),
+            self.fd.register_ioevent(doorbell.eventfd(), &address, NoDatamatch),
         )
     }
 

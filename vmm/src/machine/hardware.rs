@@ -62,15 +62,13 @@ impl Hardware {
         Ok((hardware, worker))
     }
 
-    /// Puts `device` behind the next virtio-mmio window, with its interrupt line and its doorbells.
+    /// Puts `device` behind the next virtio-mmio window, with its interrupt line and its doorbell.
     pub(super) fn add_virtio(&mut self, vm: &Vm, device: Box<dyn VirtioDevice>) -> Result<(), BuildError> {
         let index = self.virtio.len();
         let base = virtio_mmio_base(index);
         let memory = Arc::new(vm.memory().clone());
         let transport = MmioTransport::new(device, memory, vm.irq_line(virtio_gsi(index))?);
-        for (queue, doorbell) in transport.doorbells() {
-            vm.doorbell(doorbell, base + QUEUE_NOTIFY, queue)?;
-        }
+        vm.doorbell(transport.doorbell(), base + QUEUE_NOTIFY)?;
         let transport = Arc::new(Mutex::new(transport));
         let registers: Arc<Mutex<dyn BusDevice>> = transport.clone();
         self.buses.mmio.insert(base, MMIO_LEN, registers)?;

@@ -28,9 +28,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{ActivateError, Activation, Ring, VirtioDevice, read_config_space};
+use super::{ActivateError, Activation, Doorbell, Ring, VirtioDevice, read_config_space};
 use crate::once::Tally;
 
 mod release;
@@ -63,7 +62,7 @@ const ACTUAL: u64 = 4;
 /// What the two halves and the handles share.
 struct Shared {
     active: Mutex<Option<Active>>,
-    kicks: [EventFd; 5],
+    doorbell: Doorbell,
     /// `num_pages`: how many pages the balloon shall have.
     target: AtomicU32,
     /// `actual`: how many it has, as the driver says.
@@ -146,12 +145,6 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, Option<Active>> {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// Lets the worker take a turn, behind the other devices' events.
-    fn wake_worker(&self) {
-        // Fails only when the counter is at its limit, and then it is readable anyway.
-        let _ = self.kicks[INFLATE].write(1);
-    }
 }
 
 impl Balloon {
@@ -160,10 +153,9 @@ impl Balloon {
     /// # Errors
     /// When the host refuses an eventfd.
     pub fn new() -> io::Result<(Self, BalloonWorker)> {
-        let eventfd = || EventFd::new(EFD_NONBLOCK);
         let shared = Arc::new(Shared {
             active: Mutex::new(None),
-            kicks: [eventfd()?, eventfd()?, eventfd()?, eventfd()?, eventfd()?],
+            doorbell: Doorbell::new()?,
             target: AtomicU32::new(0),
             actual: AtomicU32::new(0),
             reported: AtomicU64::new(0),
@@ -195,8 +187,8 @@ impl VirtioDevice for Balloon {
         &QUEUE_SIZES
     }
 
-    fn kicks(&self) -> &[EventFd] {
-        &self.0.kicks
+    fn doorbell(&self) -> &Doorbell {
+        &self.0.doorbell
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -220,7 +212,7 @@ impl VirtioDevice for Balloon {
         let reporting = REPORTING.into_iter().find_map(take).filter(|_| features & F_PAGE_REPORTING != 0);
         *self.0.lock() = Some(Active::new(memory, interrupt, [Some(inflate), Some(deflate), reporting]));
         // Chains may be available already.
-        self.0.wake_worker();
+        self.0.doorbell.ring();
         Ok(())
     }
 

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use event_manager::{EventOps, Events, MutEventSubscriber};
 use vm_memory::VolatileSlice;
 
 use super::release::Pages;
@@ -65,7 +65,7 @@ impl BalloonWorker {
         let Some(active) = guard.as_mut() else { return };
         match serve(active, &self.shared) {
             Ok(false) => {}
-            Ok(true) => self.shared.wake_worker(),
+            Ok(true) => self.shared.doorbell.ring(),
             Err(error) => {
                 if self.shared.broken.first() {
                     tracing::warn!(%error, "the balloon stops until its driver resets it");
@@ -79,17 +79,11 @@ impl BalloonWorker {
 
 impl MutEventSubscriber for BalloonWorker {
     fn init(&mut self, ops: &mut EventOps) {
-        for (token, fd) in (0..).zip(&self.shared.kicks) {
-            if let Err(error) = ops.add(Events::with_data(fd, token, EventSet::IN)) {
-                tracing::error!(%error, "the balloon can't be polled and will not work");
-            }
-        }
+        self.shared.doorbell.listen(ops, 0, "balloon");
     }
 
-    fn process(&mut self, events: Events, _ops: &mut EventOps) {
-        if let Some(kick) = self.shared.kicks.get(events.data() as usize) {
-            let _ = kick.read();
-        }
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        self.shared.doorbell.silence();
         self.turn();
     }
 }

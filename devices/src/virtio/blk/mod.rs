@@ -26,9 +26,8 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{ActivateError, Activation, Ring, VirtioDevice, read_config_space};
+use super::{ActivateError, Activation, Doorbell, Ring, VirtioDevice, read_config_space};
 use crate::disk::{Disk, Engine};
 
 mod config;
@@ -52,9 +51,8 @@ pub const QUEUE_SIZE: u16 = 256;
 /// What the two halves share.
 struct Shared {
     path: Mutex<Path>,
-    kicks: [EventFd; 1],
-    /// Written when requests are done.
-    done: EventFd,
+    /// Also rung when requests are done.
+    doorbell: Doorbell,
     read_only: bool,
     id: [u8; ID_LEN],
     counters: Counters,
@@ -89,15 +87,14 @@ impl Blk {
 
     /// The same; without io_uring unless `uring`.
     fn with_uring(disk: Disk, id: &str, uring: bool) -> io::Result<(Self, BlkWorker)> {
-        let (read_only, done) = (disk.read_only(), EventFd::new(EFD_NONBLOCK)?);
-        let engine = Engine::new(disk.into_storage(), done.try_clone()?, uring);
+        let (read_only, doorbell) = (disk.read_only(), Doorbell::new()?);
+        let engine = Engine::new(disk.into_storage(), doorbell.eventfd().try_clone()?, uring);
         let config = config::config_space(engine.storage().bytes());
         let mut name = [0; ID_LEN];
         name.iter_mut().zip(id.bytes()).for_each(|(to, from)| *to = from);
         let shared = Arc::new(Shared {
             path: Mutex::new(Path { engine: Some(engine), active: None }),
-            kicks: [EventFd::new(EFD_NONBLOCK)?],
-            done,
+            doorbell,
             read_only,
             id: name,
             counters: Counters::default(),
@@ -125,8 +122,8 @@ impl VirtioDevice for Blk {
         &[QUEUE_SIZE]
     }
 
-    fn kicks(&self) -> &[EventFd] {
-        &self.shared.kicks
+    fn doorbell(&self) -> &Doorbell {
+        &self.shared.doorbell
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -138,7 +135,7 @@ impl VirtioDevice for Blk {
         let ring = queues.into_iter().next().and_then(Ring::new).ok_or(ActivateError::QueueMissing(0))?;
         self.shared.lock().active = Some(Active { memory, interrupt, features, ring });
         // Requests may be available already.
-        self.shared.wake_worker();
+        self.shared.doorbell.ring();
         Ok(())
     }
 

@@ -10,8 +10,7 @@
 use std::io;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use vmm_sys_util::eventfd::EventFd;
+use event_manager::{EventOps, Events, MutEventSubscriber};
 
 use super::Shared;
 use super::request::{Status, Terms, Ticket, Todo, parse};
@@ -23,9 +22,6 @@ use crate::virtio::{Interrupt, Memory, QueueError, Ring};
 pub const TURN_REQUESTS: usize = 64;
 /// A turn that has begun requests for so many bytes begins no more.
 pub const TURN_BYTES: usize = 2 << 20;
-
-const KICK: u32 = 0;
-const DONE: u32 = 1;
 
 /// What the mutex guards.
 pub(super) struct Path {
@@ -67,7 +63,7 @@ impl BlkWorker {
         let Some(state) = active.as_mut() else { return };
         match serve(state, engine, &self.shared, &mut self.scratch) {
             Ok(false) => {}
-            Ok(true) => self.shared.wake_worker(),
+            Ok(true) => self.shared.doorbell.ring(),
             Err(error) => {
                 if self.shared.counters.broken.first() {
                     tracing::warn!(%error, "the disk stops until its driver resets it");
@@ -81,18 +77,11 @@ impl BlkWorker {
 
 impl MutEventSubscriber for BlkWorker {
     fn init(&mut self, ops: &mut EventOps) {
-        for (fd, token) in [(&self.shared.kicks[0], KICK), (&self.shared.done, DONE)] {
-            if let Err(error) = ops.add(Events::with_data(fd, token, EventSet::IN)) {
-                tracing::error!(%error, "the disk can't be polled and will not work");
-            }
-        }
+        self.shared.doorbell.listen(ops, 0, "disk");
     }
 
-    fn process(&mut self, events: Events, _ops: &mut EventOps) {
-        match events.data() {
-            KICK => clear(&self.shared.kicks[0]),
-            _ => clear(&self.shared.done),
-        }
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        self.shared.doorbell.silence();
         self.turn();
     }
 }
@@ -109,17 +98,6 @@ impl Shared {
     pub(super) fn lock(&self) -> MutexGuard<'_, Path> {
         self.path.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// Lets the worker take a turn, behind the other devices' events.
-    pub(super) fn wake_worker(&self) {
-        // Fails only when the counter is at its limit, and then it is readable anyway.
-        let _ = self.kicks[0].write(1);
-    }
-}
-
-/// Empties an eventfd. It may be empty already: an earlier turn may have done that.
-fn clear(fd: &EventFd) {
-    let _ = fd.read();
 }
 
 /// A turn. True when it ended with its budget.
@@ -136,8 +114,9 @@ fn serve(
     let more = loop {
         begin_available(active, engine, shared, scratch, &mut budget)?;
         engine.commit();
-        // What is done by now is answered now; what is done from now on rings again.
-        clear(&shared.done);
+        // What is done by now is answered now; what is done from now on rings again. So does a kick, and one that is silenced
+        // here is answered as well: the ring is looked at once more below.
+        shared.doorbell.silence();
         answer_done(active, engine, shared, scratch)?;
         if budget.is_used_up() {
             break true;

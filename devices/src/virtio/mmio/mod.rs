@@ -19,9 +19,8 @@
 //! | queue ready: 0 | always; on a live queue it stops the whole device, which then needs a reset |
 //! | queue notify | with DRIVER_OK, for an existing queue |
 //!
-//! **Doorbells.** [`MmioTransport::doorbells`] gives each queue's eventfd, to be registered as an ioeventfd at
-//! [`QUEUE_NOTIFY`] with the queue's index as 32-bit datamatch. A notification that comes through the register
-//! nevertheless writes the same eventfd.
+//! **Doorbell.** [`MmioTransport::doorbell`] gives the device's eventfd, to be registered as an ioeventfd for any write at
+//! [`QUEUE_NOTIFY`]. A notification that comes through the register nevertheless writes the same eventfd.
 
 use std::sync::Arc;
 
@@ -32,9 +31,8 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_mmio as reg;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
-use vmm_sys_util::eventfd::EventFd;
 
-use super::{Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Interrupt, Memory, VirtioDevice};
+use super::{Activation, Doorbell, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Interrupt, Memory, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::exit::ExitRequest;
 use crate::irq::IrqLine;
@@ -131,9 +129,9 @@ impl MmioTransport {
         }
     }
 
-    /// Each queue's index and the eventfd that its kicks write.
-    pub fn doorbells(&self) -> Vec<(u32, &EventFd)> {
-        (0..).zip(self.device.kicks()).collect()
+    /// What the driver's kicks ring.
+    pub fn doorbell(&self) -> &Doorbell {
+        self.device.doorbell()
     }
 
     /// How many accesses were refused for `why`.
@@ -274,11 +272,10 @@ impl MmioTransport {
         if !self.has(DRIVER_OK) {
             return self.refuse(Refusal::Order, || format!("queue {index} kicked before DRIVER_OK"));
         }
-        match self.device.kicks().get(index as usize) {
-            // Fails only when its counter is at the limit, and then it is readable anyway.
-            Some(kick) => drop(kick.write(1)),
-            None => self.refuse(Refusal::QueueIndex, || format!("queue {index} kicked")),
+        if index as usize >= self.queues.len() {
+            return self.refuse(Refusal::QueueIndex, || format!("queue {index} kicked"));
         }
+        self.device.doorbell().ring();
     }
 
     fn write_status(&mut self, value: u32) {

@@ -23,9 +23,8 @@ use std::sync::{Arc, Mutex};
 
 use net::{FramePort, MacAddr};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{ActivateError, Activation, Ring, VirtioDevice};
+use super::{ActivateError, Activation, Doorbell, Ring, VirtioDevice};
 
 mod config;
 mod counters;
@@ -53,6 +52,7 @@ pub const CTRL_QUEUE_SIZE: u16 = 64;
 /// Queue indices (§5.1.2).
 const RX: usize = 0;
 const TX: usize = 1;
+#[cfg(test)]
 const CTRL: usize = 2;
 const QUEUE_SIZES: [u16; 3] = [QUEUE_SIZE, QUEUE_SIZE, CTRL_QUEUE_SIZE];
 
@@ -60,9 +60,7 @@ const QUEUE_SIZES: [u16; 3] = [QUEUE_SIZE, QUEUE_SIZE, CTRL_QUEUE_SIZE];
 struct Shared {
     path: Mutex<Path>,
     config: ConfigSpace,
-    kicks: [EventFd; 3],
-    /// Tells the worker of an activation or a reset.
-    wake: EventFd,
+    doorbell: Doorbell,
     counters: NetCounters,
 }
 
@@ -95,13 +93,11 @@ impl Net {
     /// # Errors
     /// When the host refuses an eventfd.
     pub fn new(mac: MacAddr, port: Box<dyn FramePort>) -> io::Result<(Self, NetWorker)> {
-        let eventfd = || EventFd::new(EFD_NONBLOCK);
         let offered = config::offered(port.offloads());
         let shared = Arc::new(Shared {
             config: ConfigSpace::new(mac, port.mtu(), port.link_up()),
             path: Mutex::new(Path { port, active: None }),
-            kicks: [eventfd()?, eventfd()?, eventfd()?],
-            wake: eventfd()?,
+            doorbell: Doorbell::new()?,
             counters: NetCounters::default(),
         });
         let worker = NetWorker::new(Arc::clone(&shared));
@@ -131,8 +127,8 @@ impl VirtioDevice for Net {
         &QUEUE_SIZES
     }
 
-    fn kicks(&self) -> &[EventFd] {
-        &self.shared.kicks
+    fn doorbell(&self) -> &Doorbell {
+        &self.shared.doorbell
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -154,17 +150,17 @@ impl VirtioDevice for Net {
             started: false,
             starved: false,
             port_full: false,
-            unfinished: [false; 3],
+            unfinished: false,
         };
         self.shared.lock().active = Some(active);
         // The port may be told its offloads on the worker's thread only.
-        self.shared.wake_worker();
+        self.shared.doorbell.ring();
         Ok(())
     }
 
     fn reset(&mut self) {
         self.shared.lock().active = None;
         // Lets the worker stop polling the port.
-        self.shared.wake_worker();
+        self.shared.doorbell.ring();
     }
 }

@@ -2,12 +2,12 @@
 //!
 //! | event | turn |
 //! |---|---|
-//! | kick of the transmit queue, port writable | transmit, then receive what the sending caused |
+//! | port writable | transmit, then receive what the sending caused |
 //! | port readable | receive |
-//! | kick of the receive queue | receive, without waiting for the port: it was starved |
-//! | kick of the control queue | serve commands |
-//! | wake after activation or reset | tell the port the guest's offloads, then all of the above; or rest |
-//! | wake after a turn that used up its budget | go on with it, behind the other events |
+//! | the doorbell: a kick, or a turn that used up its budget | serve commands, transmit, receive |
+//! | – after activation or reset | first tell the port the guest's offloads; or rest |
+//!
+//! A kick does not say of which queue it is, and the other rings have little to say when it comes: they are asked all the same.
 //!
 //! The port is polled for input unless the guest has no buffers (`starved`), for output only while it is full, and
 //! not at all without a driver. All of it happens under [`Path`]'s mutex, which a vCPU takes to activate or to reset.
@@ -17,13 +17,12 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use net::{FramePort, Received};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{F_MRG_RXBUF, guest_offloads};
 use super::counters::Turn;
 use super::rx::{RxScratch, RxTurn};
 use super::tx::{TxEnd, transmit};
-use super::{CTRL, RX, Shared, TX, ctrl};
+use super::{Shared, ctrl};
 use crate::virtio::pieces::Spare;
 use crate::virtio::{Interrupt, Memory, QueueError, Ring};
 
@@ -32,9 +31,9 @@ const REFILLS: usize = 8;
 /// How many times the port may report an error or a hang-up before it counts as dead.
 const PORT_ERRORS: u32 = 16;
 
-/// Event tokens: queue indices, then these.
-const WAKE: u32 = 3;
-const PORT: u32 = 4;
+/// Event tokens.
+const BELL: u32 = 0;
+const PORT: u32 = 1;
 
 /// What the mutex guards: the port, and the driver's queues while there is a driver.
 pub(super) struct Path {
@@ -56,8 +55,8 @@ pub(super) struct Active {
     pub(super) starved: bool,
     /// The port has no room for the guest's next frame.
     pub(super) port_full: bool,
-    /// The queues whose turn ended with its budget.
-    pub(super) unfinished: [bool; 3],
+    /// A queue's turn ended with its budget.
+    pub(super) unfinished: bool,
 }
 
 /// Why the device stops until it is reset.
@@ -152,30 +151,17 @@ impl NetWorker {
 
 impl MutEventSubscriber for NetWorker {
     fn init(&mut self, ops: &mut EventOps) {
-        let fds = self.shared.kicks.iter().chain([&self.shared.wake]);
-        for (token, fd) in (0..).zip(fds) {
-            if let Err(error) = ops.add(Events::with_data(fd, token, EventSet::IN)) {
-                tracing::error!(%error, token, "the NIC can't be polled and will not work");
-            }
-        }
-        let wanted = self.handle(WAKE, EventSet::IN);
+        self.shared.doorbell.listen(ops, BELL, "network interface");
+        let wanted = self.handle(BELL, EventSet::IN);
         self.watch(wanted, ops);
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         let token = events.data();
-        match token {
-            PORT => self.note_port_event(events.event_set()),
-            WAKE => {
-                clear(&self.shared.wake);
-                self.port_errors = 0;
-            }
-            queue => {
-                if let Some(kick) = self.shared.kicks.get(queue as usize) {
-                    clear(kick);
-                    self.shared.counters.kicked();
-                }
-            }
+        if token == PORT {
+            self.note_port_event(events.event_set());
+        } else {
+            self.shared.doorbell.silence();
         }
         let wanted = self.handle(token, events.event_set());
         self.watch(wanted, ops);
@@ -186,17 +172,6 @@ impl Shared {
     pub(super) fn lock(&self) -> MutexGuard<'_, Path> {
         self.path.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// Lets the worker come back behind the other events.
-    pub(super) fn wake_worker(&self) {
-        // Fails only when the counter is at its limit, and then it is readable anyway.
-        let _ = self.wake.write(1);
-    }
-}
-
-/// Empties an eventfd. It may be empty already: a kick that was read by an earlier turn.
-fn clear(fd: &EventFd) {
-    let _ = fd.read();
 }
 
 /// The turns that an event calls for.
@@ -213,26 +188,25 @@ fn dispatch(
         port.set_offloads(guest_offloads(active.features)).map_err(Stop::Offloads)?;
         active.started = true;
     }
-    let mut unfinished = [false; 3];
-    if token == WAKE {
-        std::mem::swap(&mut unfinished, &mut active.unfinished);
-    }
-    let is = |queue: usize| starting || token as usize == queue || unfinished[queue];
-    if is(CTRL) {
+    let rung = starting || token == BELL;
+    if rung {
+        if !starting && !std::mem::take(&mut active.unfinished) {
+            shared.counters.kicked();
+        }
         serve_commands(active, port, shared)?;
     }
     let writable = token == PORT && set.contains(EventSet::OUT);
     // A full port is asked again when it is writable, not at every kick.
-    let sends = writable || (is(TX) && !active.port_full);
+    let sends = writable || (rung && !active.port_full);
     if sends {
         send_turn(active, port, shared, scratch, turn)?;
     }
     let readable = token == PORT && set.intersects(EventSet::IN | EventSet::ERROR | EventSet::HANG_UP);
-    if is(RX) || (!active.starved && (sends || readable)) {
+    if rung || (!active.starved && (sends || readable)) {
         receive_turn(active, port, shared, scratch, turn)?;
     }
-    if active.unfinished.contains(&true) {
-        shared.wake_worker();
+    if active.unfinished {
+        shared.doorbell.ring();
     }
     Ok(())
 }
@@ -240,7 +214,7 @@ fn dispatch(
 fn serve_commands(active: &mut Active, port: &mut dyn FramePort, shared: &Shared) -> Result<(), Stop> {
     let memory = Arc::clone(&active.memory);
     let Some(ring) = &mut active.ctrl else { return Ok(()) };
-    active.unfinished[CTRL] = ctrl::serve(&memory, ring, active.features, port)?;
+    active.unfinished |= ctrl::serve(&memory, ring, active.features, port)?;
     interrupt_for(ring, &memory, &active.interrupt, shared)
 }
 
@@ -257,7 +231,7 @@ fn send_turn(
     scratch.tx.put(pieces);
     let end = end?;
     active.port_full = end == TxEnd::PortFull;
-    active.unfinished[TX] = end == TxEnd::More;
+    active.unfinished |= end == TxEnd::More;
     interrupt_for(&mut active.tx, &memory, &active.interrupt, shared)
 }
 
@@ -286,7 +260,7 @@ fn receive_turn(
         active.rx.disarm(&memory)?;
     }
     // The guest refills as fast as the port fills: let the others have a turn.
-    active.unfinished[RX] = true;
+    active.unfinished = true;
     interrupt_for(&mut active.rx, &memory, &active.interrupt, shared)
 }
 

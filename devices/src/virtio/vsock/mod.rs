@@ -30,9 +30,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{ActivateError, Activation, Ring, VirtioDevice, read_config_space};
+use super::{ActivateError, Activation, Doorbell, Ring, VirtioDevice, read_config_space};
 
 mod connection;
 mod counters;
@@ -71,15 +70,12 @@ pub const F_STREAM: u64 = 1;
 /// Queue indices (§5.10.2).
 const RX: usize = 0;
 const TX: usize = 1;
-const EVENT: usize = 2;
 const QUEUE_SIZES: [u16; 3] = [QUEUE_SIZE, QUEUE_SIZE, EVENT_QUEUE_SIZE];
 
 /// What the two halves share.
 struct Shared {
     active: Mutex<Option<Active>>,
-    /// That of the event queue, whose buffers are never used, also tells the worker of an activation, a reset, or of
-    /// work that is left.
-    kicks: [EventFd; 3],
+    doorbell: Doorbell,
     counters: VsockCounters,
     cid: u64,
 }
@@ -87,12 +83,6 @@ struct Shared {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Option<Active>> {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Lets the worker take a turn, behind the other devices' events.
-    fn wake_worker(&self) {
-        // Fails only when the counter is at its limit, and then it is readable anyway.
-        let _ = self.kicks[EVENT].write(1);
     }
 }
 
@@ -122,10 +112,9 @@ impl Vsock {
             return Err(VsockError::Cid(cid));
         }
         let listener = Listener::bind(path)?;
-        let eventfd = || EventFd::new(EFD_NONBLOCK);
         let shared = Arc::new(Shared {
             active: Mutex::new(None),
-            kicks: [eventfd()?, eventfd()?, eventfd()?],
+            doorbell: Doorbell::new()?,
             counters: VsockCounters::default(),
             cid,
         });
@@ -152,8 +141,8 @@ impl VirtioDevice for Vsock {
         &QUEUE_SIZES
     }
 
-    fn kicks(&self) -> &[EventFd] {
-        &self.0.kicks
+    fn doorbell(&self) -> &Doorbell {
+        &self.0.doorbell
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -174,13 +163,13 @@ impl VirtioDevice for Vsock {
             starved: false,
             tx_left: false,
         });
-        self.0.wake_worker();
+        self.0.doorbell.ring();
         Ok(())
     }
 
     fn reset(&mut self) {
         *self.0.lock() = None;
         // Lets the worker forget the connections.
-        self.0.wake_worker();
+        self.0.doorbell.ring();
     }
 }

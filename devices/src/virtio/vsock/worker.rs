@@ -2,14 +2,11 @@
 //!
 //! | event | turn |
 //! |---|---|
-//! | kick of the transmit queue | take packets |
-//! | kick of the receive queue | the guest is no longer starved |
 //! | the listening socket | accept clients, a few at a time |
 //! | a connection's socket | what its state makes of it |
-//! | kick of the event queue: a wake, | |
-//! | – after activation | forget the last driver's connections, then all of the above |
+//! | the doorbell: a kick, or a turn that used up its budget | take packets; the guest may no longer be starved |
+//! | – after activation | forget the last driver's connections, then the same |
 //! | – after reset | forget them, and rest |
-//! | – after a turn that used up its budget | go on with it, behind the other events |
 //!
 //! After each of them, what waits for the guest is given to it while it has buffers, and sockets are polled for what
 //! their connections want now. A starved guest's sockets are not polled for input once each has been found to have
@@ -24,16 +21,16 @@ use super::counters::Refusal;
 use super::host::{Accepted, Listener};
 use super::queues::{RxEnd, Scratch, TxEnd, receive, transmit};
 use super::table::Table;
-use super::{EVENT, RX, Shared, TX};
+use super::Shared;
 use crate::virtio::{Interrupt, Memory, QueueError, Ring};
 
 /// Most clients accepted in a turn.
 const ACCEPT_BUDGET: usize = 16;
 
-/// Event tokens: queue indices (the event queue's kick is the wake), then these; connection `n` has `CONNECTION + n`.
-const WAKE: u32 = EVENT as u32;
-const LISTENER: u32 = 3;
-const CONNECTION: u32 = 4;
+/// Event tokens; connection `n` has `CONNECTION + n`.
+const BELL: u32 = 0;
+const LISTENER: u32 = 1;
+const CONNECTION: u32 = 2;
 
 /// The queues between activation and reset.
 pub(super) struct Active {
@@ -104,18 +101,16 @@ impl VsockWorker {
                 }
             }
         }
-        if fresh || token == TX as u32 || (token == WAKE && active.tx_left) {
-            self.take_packets(active)?;
-        }
-        if fresh || token == RX as u32 {
+        if fresh || token == BELL {
             active.starved = false;
+            self.take_packets(active)?;
         }
         if !active.starved && self.table.has_work() {
             self.give_packets(active)?;
         }
         // Halted by RSTs that have gone meanwhile, or out of budget.
         if active.tx_left && !self.table.is_full_of_resets() {
-            self.shared.wake_worker();
+            self.shared.doorbell.ring();
         }
         Ok(())
     }
@@ -133,7 +128,7 @@ impl VsockWorker {
         let end = receive(&memory, &mut active.rx, &mut self.table, counters, &mut self.scratch)?;
         active.starved = end == RxEnd::Starved;
         if end == RxEnd::More {
-            self.shared.wake_worker();
+            self.shared.doorbell.ring();
         }
         interrupt_for(&mut active.rx, &memory, &active.interrupt)
     }
@@ -179,7 +174,7 @@ impl VsockWorker {
                 Err(error) => {
                     tracing::warn!(%error, "vsock: polling a connection failed");
                     self.table.abort(slot, &self.shared.counters);
-                    self.shared.wake_worker();
+                    self.shared.doorbell.ring();
                 }
             }
         }
@@ -204,18 +199,13 @@ impl VsockWorker {
 
 impl MutEventSubscriber for VsockWorker {
     fn init(&mut self, ops: &mut EventOps) {
-        for (token, fd) in (0..).zip(&self.shared.kicks) {
-            if let Err(error) = ops.add(Events::with_data(fd, token, EventSet::IN)) {
-                tracing::error!(%error, token, "the vsock device can't be polled and will not work");
-            }
-        }
+        self.shared.doorbell.listen(ops, BELL, "vsock device");
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         let token = events.data();
-        if let Some(kick) = self.shared.kicks.get(token as usize) {
-            // It may be empty already: read by an earlier turn.
-            let _ = kick.read();
+        if token == BELL {
+            self.shared.doorbell.silence();
         }
         let active = self.turn(token, events.event_set());
         self.settle(active, ops);
