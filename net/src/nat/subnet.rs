@@ -6,9 +6,9 @@
 //! addresses would be ambiguous in every log. So [`choose`] takes the next free 192.168.N.0/24 (N from 123 up to
 //! 254, then 2 to 121), and after those 10.122.N.0/24, for hosts whose VPN routes all of 192.168.0.0/16.
 //!
-//! Taken is what overlaps a route of the main table (`/proc/net/route`) or one of the host's own addresses (the
-//! local table, `/proc/net/fib_trie`). A route shorter than /8 counts as a default route: a VPN's 0.0.0.0/1 covers
-//! everything and says nothing. Routes of other tables are not seen (`--subnet` decides there).
+//! Taken is what overlaps a route, refused ones included, or one of the host's own addresses: the kernel prints both, of all
+//! its tables, in `/proc/net/fib_trie`. A route shorter than /8 counts as a default route: a VPN's 0.0.0.0/1 covers
+//! everything and says nothing.
 
 use std::fmt;
 use std::fs::File;
@@ -20,6 +20,9 @@ use super::config::{NatConfig, Subnet};
 
 /// Routes that are shorter than this are default routes for our purpose.
 const SHORTEST_SPECIFIC_ROUTE: u8 = 8;
+/// The kernel's names for kinds of routes whose destination can't be another network. The others are the broadcast addresses of
+/// these, and jumps to other tables.
+const TAKING: [&str; 5] = ["UNICAST", "LOCAL", "BLACKHOLE", "UNREACHABLE", "PROHIBIT"];
 /// Lines of the kernel's tables that are looked at; a host with a full routing table has a million.
 const MAX_LINES: usize = 100_000;
 /// As many bytes of them: no line is longer than 150.
@@ -99,51 +102,30 @@ pub fn taken_by_host() -> Vec<Taken> {
 }
 
 fn taken_under(proc_net: &Path) -> Vec<Taken> {
-    let read = |name| {
-        // Files of /proc do not tell their size: with room from the start, there are not ten small reads of each.
-        let mut text = Vec::with_capacity(TABLE);
-        if let Ok(file) = File::open(proc_net.join(name)) {
-            let _ = file.take(MAX_BYTES).read_to_end(&mut text);
-        }
-        String::from_utf8_lossy(&text).into_owned()
-    };
-    let mut taken = parse_routes(&read("route"));
-    taken.extend(parse_local_addresses(&read("fib_trie")));
-    taken
+    // Files of /proc do not tell their size: with room from the start, there are not ten small reads of it.
+    let mut text = Vec::with_capacity(TABLE);
+    if let Ok(file) = File::open(proc_net.join("fib_trie")) {
+        let _ = file.take(MAX_BYTES).read_to_end(&mut text);
+    }
+    parse_trie(&String::from_utf8_lossy(&text))
 }
 
-/// The destinations in the format of `/proc/net/route`: hexadecimal in the host's byte order, default routes too.
-fn parse_routes(text: &str) -> Vec<Taken> {
-    let address =
-        |hex: &str| u32::from_str_radix(hex, 16).ok().map(|bits| Ipv4Addr::from(bits.to_ne_bytes()));
-    text.lines()
-        .skip(1)
-        .take(MAX_LINES)
-        .filter_map(|line| {
-            let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-            let (destination, mask) = (address(fields.get(1)?)?, address(fields.get(7)?)?);
-            let prefix = u8::try_from(mask.to_bits().leading_ones()).ok()?;
-            Some(Taken::new(destination, prefix))
-        })
-        .collect()
-}
-
-/// The host's own addresses in the format of `/proc/net/fib_trie`: the line `|-- a.b.c.d` names a leaf, and a line
-/// `/32 host LOCAL` behind it says that it is ours.
-fn parse_local_addresses(text: &str) -> Vec<Taken> {
+/// The routes and the host's own addresses in the format of `/proc/net/fib_trie`: the line `|-- a.b.c.d` names a leaf, and each
+/// line `/prefix scope TYPE` behind it a route to it. Tables that the kernel has merged come twice.
+fn parse_trie(text: &str) -> Vec<Taken> {
     let mut leaf = None;
     let mut found = Vec::new();
     for line in text.lines().take(MAX_LINES).map(str::trim) {
         if let Some(address) = line.strip_prefix("|-- ") {
             leaf = address.parse::<Ipv4Addr>().ok();
-        } else if line == "/32 host LOCAL"
+        } else if let Some(route) = line.strip_prefix('/')
             && let Some(address) = leaf
             && !address.is_loopback()
+            && let [prefix, _scope, kind, ..] = *route.split_ascii_whitespace().collect::<Vec<_>>()
+            && TAKING.contains(&kind)
+            && let Ok(prefix) = prefix.parse()
         {
-            let host = Taken::new(address, 32);
-            if !found.contains(&host) {
-                found.push(host);
-            }
+            found.push(Taken::new(address, prefix));
         }
     }
     found
@@ -154,18 +136,24 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const ROUTES: &str = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
-eth0\t00000000\t0102A8C0\t0003\t0\t0\t0\t00000000\t0\t0\t0
-virbr0\t007AA8C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
-tun0\t00000000\t00000000\t0001\t0\t0\t0\t00000080\t0\t0\t0
-";
     const TRIE: &str = "Main:
   +-- 0.0.0.0/0 3 0 5
      |-- 0.0.0.0
         /0 universe UNICAST
+        /1 universe UNICAST
+     +-- 10.1.0.0/16 2 0 2
+        |-- 10.1.0.0
+           /16 universe UNREACHABLE
+        |-- 10.2.0.0
+           /16 universe THROW
+     +-- 192.168.122.0/24 2 0 2
+        |-- 192.168.122.0
+           /24 link UNICAST
 Local:
   +-- 0.0.0.0/0 3 0 5
         +-- 127.0.0.0/8 2 0 2
+           |-- 127.0.0.0
+              /8 host LOCAL
            |-- 127.0.0.1
               /32 host LOCAL
      +-- 192.168.124.0/24 2 0 2
@@ -192,13 +180,13 @@ Local:
     #[test]
     fn a_host_with_virbr0_and_an_address_in_the_next_gets_the_one_behind() {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("route"), ROUTES).unwrap();
         std::fs::write(dir.path().join("fib_trie"), TRIE).unwrap();
         let mut all = taken_under(dir.path());
         let expected = [
             taken(0, 0, 0, 0, 0),
-            taken(192, 168, 122, 0, 24),
             taken(0, 0, 0, 0, 1),
+            taken(10, 1, 0, 0, 16),
+            taken(192, 168, 122, 0, 24),
             taken(192, 168, 124, 7, 32),
         ];
         assert_eq!(all, expected);
@@ -230,9 +218,8 @@ Local:
 
     proptest! {
         #[test]
-        fn any_tables_are_read_without_a_panic(text in "(?s).{0,400}") {
-            parse_routes(&text);
-            parse_local_addresses(&text);
+        fn any_table_is_read_without_a_panic(text in "(?s)(.{0,99}|[|]-- [0-9.]{0,20}\\n|/[0-9]{0,4} link UNICAST\\n){0,9}") {
+            parse_trie(&text);
         }
 
         #[test]

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use vm_memory::ReadVolatile;
 
+use super::file::ImageFile;
 use super::{BzImageError, ElfError, Loaded, bzimage, elf};
 use crate::memory::GuestMemory;
 
@@ -113,8 +114,12 @@ const SNIFFED: usize = 0x206;
 pub(super) fn load(memory: &GuestMemory, kernel: &Kernel) -> Result<Loaded, KernelError> {
     match kernel {
         Kernel::Path(path) => {
-            let mut file =
-                File::open(path).map_err(|source| KernelError::Open { path: path.clone(), source })?;
+            let file = File::open(path).map_err(|source| KernelError::Open { path: path.clone(), source })?;
+            let mut file = ImageFile::new(file).map_err(|source| KernelError::Read {
+                name: kernel.name(),
+                what: "the first bytes",
+                source,
+            })?;
             load_image(memory, &mut file, kernel)
         }
         Kernel::Bytes(bytes) => load_image(memory, &mut Cursor::new(bytes), kernel),

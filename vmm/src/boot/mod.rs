@@ -15,6 +15,7 @@ mod cmdline;
 mod e820;
 mod elf;
 mod entry;
+mod file;
 mod initrd;
 mod kernel;
 mod paging;

@@ -130,10 +130,7 @@ impl Vm {
     /// [`VmError`], when KVM refuses.
     pub fn doorbell(&self, doorbell: &Doorbell, address: u64) -> Result<(), VmError> {
         let address = IoEventAddress::Mmio(address);
-        ioctl(
-            "register a doorbell",
-            self.fd.register_ioevent(doorbell.eventfd(), &address, NoDatamatch),
-        )
+        ioctl("register a doorbell", self.fd.register_ioevent(doorbell.eventfd(), &address, NoDatamatch))
     }
 
     /// Makes the vCPU with this APIC id.

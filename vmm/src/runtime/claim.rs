@@ -72,7 +72,10 @@ impl Runtime {
             ..state
         };
         state.write(&dir).map_err(RuntimeError::io("writing the machine's state to", &dir))?;
-        self.forget_oldest(outer);
+        // Only a detached machine leaves its state behind when it ends.
+        if state.detached {
+            self.forget_oldest(outer);
+        }
         Ok(Claim { runtime: self.clone(), name: name.clone(), dir, state, lock: Some(lock) })
     }
 
@@ -240,7 +243,10 @@ impl Drop for Claim {
             return;
         }
         match Outer::take(self.runtime.path()) {
-            Ok(outer) => self.runtime.remove(&outer, &self.dir),
+            Ok(outer) => {
+                self.runtime.remove(&outer, &self.dir);
+                self.runtime.forget_oldest(&outer);
+            }
             Err(e) => {
                 tracing::info!(error = %e, "the machine's folder is left for the next command to remove")
             }

@@ -32,7 +32,9 @@ use virtio_bindings::virtio_mmio as reg;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 
-use super::{Activation, Doorbell, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Interrupt, Memory, VirtioDevice};
+use super::{
+    Activation, Doorbell, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Interrupt, Memory, VirtioDevice,
+};
 use crate::bus::BusDevice;
 use crate::exit::ExitRequest;
 use crate::irq::IrqLine;

@@ -17,11 +17,11 @@ use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
+use super::Shared;
 use super::counters::Refusal;
 use super::host::{Accepted, Listener};
 use super::queues::{RxEnd, Scratch, TxEnd, receive, transmit};
 use super::table::Table;
-use super::Shared;
 use crate::virtio::{Interrupt, Memory, QueueError, Ring};
 
 /// Most clients accepted in a turn.
