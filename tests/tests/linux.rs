@@ -53,19 +53,27 @@ fn a_stock_kernel_loads_its_modules_gets_a_lease_and_returns_the_commands_status
     }
 }
 
+const TOPOLOGY: &str = "nproc; free -m; ip -o link; cd /sys/devices/system/cpu; for cpu in cpu[0-9]; do
+    cd $cpu/topology; echo $cpu $(cat physical_package_id core_id thread_siblings_list core_siblings_list); cd ../..
+done";
+
 #[test]
-fn several_cpus_and_no_nic_are_what_the_guest_sees() {
+fn several_cpus_of_one_package_and_no_nic_are_what_the_guest_sees() {
     if !have_image() {
         return;
     }
     let output = debian(
         &["--cpus", "3", "--memory", "700M", "--net", "none"],
-        &["sh", "-c", "nproc; free -m; ip -o link"],
+        &["sh", "-c", TOPOLOGY],
     );
     let all = text(&output);
     assert_eq!(output.status.code(), Some(0), "{all}");
     let first = String::from_utf8_lossy(&output.stdout);
     assert_eq!(first.lines().next().map(str::trim), Some("3"), "{all}");
+    // Package, core, its threads, the package's CPUs: cores without siblings, as cpuid/mod.rs tells them.
+    for fact in ["cpu0 0 0 0 0-2", "cpu1 0 1 1 0-2", "cpu2 0 2 2 0-2"] {
+        assert!(all.contains(fact), "'{fact}' is missing\n{all}");
+    }
     assert!(!all.contains("eth0"), "{all}");
 }
 

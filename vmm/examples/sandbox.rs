@@ -33,7 +33,7 @@ fn main() -> Result<ExitCode> {
     let (builder, mut console) = Machine::builder()
         .kernel(Kernel::Path(image.kernel))
         .initrd(Kernel::Bytes(initrd::with_request(&initrd, &request)?.into()))
-        .cmdline("console=ttyS0 panic=-1 loglevel=3")
+        .cmdline("console=ttyS0 panic=-1 loglevel=3 cryptomgr.notests")
         .memory(256 << 20)
         .console()?;
     let machine = builder.build()?.start()?;
