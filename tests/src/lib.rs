@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
+use guest_images::{Image, Store};
 use serde_json::Value;
 
 /// The `pontoon` binary: `PONTOON_BIN`, or the one that cargo built beside this test; built if it isn't there.
@@ -80,6 +81,33 @@ pub fn have_namespaces() -> bool {
         skip("network namespaces cannot be made here (root)");
     }
     ok
+}
+
+/// The image `debian`, for guests in the lab; if that cannot be, says so for the calling test.
+pub fn debian_image() -> Option<Image> {
+    if !have_lab() {
+        return None;
+    }
+    let image = Store::open_default().and_then(|store| store.get("debian"));
+    image.inspect_err(|error| skip(error)).ok()
+}
+
+/// What `--put` needs to carry the store that this image is in into the lab, where `pontoon` finds it.
+pub fn carry_images(image: &Image) -> String {
+    let images = image.kernel.parent().and_then(Path::parent).expect("IMAGES/NAME/vmlinuz");
+    format!("{}:/root/.cache/pontoon/images", images.display())
+}
+
+/// A shell script on the emulated host, where the store of this image is.
+pub fn shell_beside_image(image: &Image, script: &str) -> Output {
+    let put = carry_images(image);
+    Pontoon::new(["lab", "--timeout", "200", "--put", &put, "--", "sh", "-c", script]).output()
+}
+
+/// All that a command said, with its status: for the message of an assertion that failed.
+pub fn text(output: &Output) -> String {
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    format!("status {:?}\nstdout:\n{out}\nstderr:\n{err}", output.status.code())
 }
 
 /// A run of `pontoon` with a bound on its time.

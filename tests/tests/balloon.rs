@@ -1,7 +1,6 @@
 //! Memory that a stock guest has freed comes back to its host.
 
-use guest_images::Store;
-use pontoon_tests::{Pontoon, have_lab, skip};
+use pontoon_tests::{debian_image, shell_beside_image, text};
 
 /// Runs on the emulated host: a guest fills 90 MiB and frees them; the pages of the machine's memory are counted until they are
 /// 40 MiB fewer than they were, for at most two minutes. Linux reports free blocks of 2 MiB and more: what it has in smaller pieces stays.
@@ -30,15 +29,7 @@ exit 1
 
 #[test]
 fn a_guest_that_frees_memory_gives_it_back_to_the_host() {
-    let images = match Store::open_default() {
-        Ok(store) if store.get("debian").is_ok() => store.images_dir(),
-        _ => return skip("the image is not built: pontoon image build debian"),
-    };
-    if !have_lab() {
-        return;
-    }
-    let put = format!("{}:/root/.cache/pontoon/images", images.display());
-    let output = Pontoon::new(["lab", "--timeout", "200", "--put", &put, "--", "sh", "-c", SCRIPT]).output();
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert_eq!(output.status.code(), Some(0), "stdout:\n{out}\nstderr:\n{err}");
+    let Some(image) = debian_image() else { return };
+    let output = shell_beside_image(&image, SCRIPT);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
 }

@@ -9,23 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
-use guest_images::Store;
-use pontoon_tests::{Pontoon, Probe, have_kvm, have_lab, skip};
+use pontoon_tests::{Pontoon, Probe, debian_image, have_kvm, shell_beside_image, skip, text};
 
 const MIB: u64 = 1 << 20;
-
-fn have_image() -> bool {
-    let built = Store::open_default().is_ok_and(|store| store.get("debian").is_ok());
-    if !built {
-        skip("the image is not built: pontoon image build debian");
-    }
-    built && have_lab()
-}
-
-fn text(output: &Output) -> String {
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    format!("status {:?}\nstdout:\n{out}\nstderr:\n{err}", output.status.code())
-}
 
 /// A script in a stock Debian guest, in the lab, with these disks.
 fn debian(disks: &[String], script: &str) -> Output {
@@ -51,7 +37,7 @@ fn name(path: &Path) -> String {
 
 #[test]
 fn a_stock_guest_writes_its_disk_reads_another_and_overlays_a_third() {
-    if !have_image() {
+    if debian_image().is_none() {
         return;
     }
     let dir = tempfile::tempdir().expect("the temporary directory is writable");
@@ -98,7 +84,7 @@ fn a_stock_guest_writes_its_disk_reads_another_and_overlays_a_third() {
 
 #[test]
 fn a_file_system_that_the_guest_wrote_is_whole_and_has_its_files() {
-    if !have_image() {
+    if debian_image().is_none() {
         return;
     }
     let made = |command: &mut Command| command.stdout(Stdio::null()).stderr(Stdio::null()).status();
@@ -171,12 +157,8 @@ ls -A /small | wc -l
 
 #[test]
 fn a_disk_that_fails_is_the_guests_io_error_and_what_was_synced_survives_sigkill() {
-    if !have_image() {
-        return;
-    }
-    let images = Store::open_default().expect("it was there a moment ago").images_dir();
-    let put = format!("{}:/root/.cache/pontoon/images", images.display());
-    let output = Pontoon::new(["lab", "--timeout", "200", "--put", &put, "--", "sh", "-c", FAULTS]).output();
+    let Some(image) = debian_image() else { return };
+    let output = shell_beside_image(&image, FAULTS);
     let all = text(&output);
     assert_eq!(output.status.code(), Some(0), "{all}");
     for fact in

@@ -6,17 +6,11 @@ use std::net::TcpStream;
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use guest_images::Store;
 use net::nat::{NatConfig, Publish};
-use pontoon_tests::{Pontoon, example, have_kvm, have_lab, skip};
+use pontoon_tests::{Pontoon, carry_images, debian_image, example, have_kvm, text};
 use vmm::boot::Kernel;
 use vmm::machine::{ExitReason, Machine, MachineBuilder};
 use vmm::network::{Network, NetworkError};
-
-fn text(output: &Output) -> String {
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    format!("status {:?}\nstdout:\n{out}\nstderr:\n{err}", output.status.code())
-}
 
 fn probe(orders: &str) -> MachineBuilder {
     Machine::builder()
@@ -96,19 +90,9 @@ fn an_isolated_network_has_no_way_in() {
 
 /// An example in the lab, with the image `debian`.
 fn in_lab(name: &str, words: &[&str]) -> Option<Output> {
-    if !have_lab() {
-        return None;
-    }
-    let Some(image) = Store::open_default().ok().and_then(|store| store.get("debian").ok()) else {
-        skip("the image is not built: pontoon image build debian");
-        return None;
-    };
-    let images = image.kernel.parent().and_then(std::path::Path::parent).expect("DIR/debian/vmlinuz");
-    let put = [
-        format!("{}:/usr/local/bin/{name}", example(name).display()),
-        format!("{}:/root/.cache/pontoon/images", images.display()),
-    ];
-    let mut args = vec!["lab", "--timeout", "200", "--put", &put[0], "--put", &put[1], "--", name];
+    let images = carry_images(&debian_image()?);
+    let put = format!("{}:/usr/local/bin/{name}", example(name).display());
+    let mut args = vec!["lab", "--timeout", "200", "--put", &put, "--put", &images, "--", name];
     args.extend(words);
     Some(Pontoon::new(args).output())
 }

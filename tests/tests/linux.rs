@@ -10,20 +10,7 @@ use std::process::{Command, Output, Stdio};
 
 use guest_images::deb::Suite;
 use guest_images::{BuildOptions, Store};
-use pontoon_tests::{Pontoon, have_lab, skip};
-
-fn have_image() -> bool {
-    let built = Store::open_default().is_ok_and(|store| store.get("debian").is_ok());
-    if !built {
-        skip("the image is not built: pontoon image build debian");
-    }
-    built && have_lab()
-}
-
-fn text(output: &Output) -> String {
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    format!("status {:?}\nstdout:\n{out}\nstderr:\n{err}", output.status.code())
-}
+use pontoon_tests::{Pontoon, carry_images, debian_image, have_lab, skip, text};
 
 /// A command in a stock Debian guest, in the lab; `flags` before the command.
 fn debian(flags: &[&str], command: &[&str]) -> Output {
@@ -33,7 +20,7 @@ fn debian(flags: &[&str], command: &[&str]) -> Output {
 
 #[test]
 fn a_stock_kernel_loads_its_modules_gets_a_lease_and_returns_the_commands_status() {
-    if !have_image() {
+    if debian_image().is_none() {
         return;
     }
     let script =
@@ -59,13 +46,10 @@ done";
 
 #[test]
 fn several_cpus_of_one_package_and_no_nic_are_what_the_guest_sees() {
-    if !have_image() {
+    if debian_image().is_none() {
         return;
     }
-    let output = debian(
-        &["--cpus", "3", "--memory", "700M", "--net", "none"],
-        &["sh", "-c", TOPOLOGY],
-    );
+    let output = debian(&["--cpus", "3", "--memory", "700M", "--net", "none"], &["sh", "-c", TOPOLOGY]);
     let all = text(&output);
     assert_eq!(output.status.code(), Some(0), "{all}");
     let first = String::from_utf8_lossy(&output.stdout);
@@ -79,11 +63,7 @@ fn several_cpus_of_one_package_and_no_nic_are_what_the_guest_sees() {
 
 #[test]
 fn a_kernel_and_initrd_of_the_users_own_work_the_same() {
-    if !have_image() {
-        return;
-    }
-    let image =
-        Store::open_default().and_then(|store| store.get("debian")).expect("it was there a moment ago");
+    let Some(image) = debian_image() else { return };
     let dir = tempfile::tempdir().expect("the temporary directory is writable");
     let console = dir.path().join("console");
     let words = ["run", "--accel", "lab", "--timeout", "120", "--kernel"].map(Into::into);
@@ -121,7 +101,7 @@ fn debian_13s_kernel_boots_as_debian_12s_does() {
 
 #[test]
 fn a_kernel_panic_and_a_guest_that_hangs_end_the_command() {
-    if !have_image() {
+    if debian_image().is_none() {
         return;
     }
     let panicked = debian(&["--net", "none"], &["sh", "-c", "echo c >/proc/sysrq-trigger; sleep 60"]);
@@ -178,7 +158,7 @@ fn the_check_passes_on_emulated_amd_v() {
 
 #[test]
 fn what_is_piped_in_reaches_the_command_whole() {
-    if !have_image() {
+    if debian_image().is_none() {
         return;
     }
     let head = ["run", "debian", "--accel", "lab", "--timeout", "120", "--net", "none", "--"];
@@ -271,11 +251,8 @@ fn a_kvm_that_is_absent_or_forbidden_is_one_clear_error() {
 
 #[test]
 fn the_demo_passes() {
-    if !have_image() {
-        return;
-    }
+    let Some(image) = debian_image() else { return };
     let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts");
-    let images = Store::open_default().expect("it was there a moment ago").images_dir();
     let output = Pontoon::new([
         "lab".to_owned(),
         "--timeout".to_owned(),
@@ -285,7 +262,7 @@ fn the_demo_passes() {
         "--put".to_owned(),
         format!("{demo}/bridge:/usr/local/share/pontoon/bridge"),
         "--put".to_owned(),
-        format!("{}:/root/.cache/pontoon/images", images.display()),
+        carry_images(&image),
         "--".to_owned(),
         "/usr/local/share/pontoon/demo.d/story".to_owned(),
     ])

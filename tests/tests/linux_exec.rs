@@ -3,29 +3,11 @@
 //! What the agent and its client do in detail is tested where they run fast, in `vmm/src/agent/tests`. `scripts/test` builds the
 //! image beforehand; without it these tests say so and are skipped.
 
-use std::process::Output;
-
-use guest_images::Store;
-use pontoon_tests::{Pontoon, have_lab, skip};
-
-fn text(output: &Output) -> String {
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    format!("status {:?}\nstdout:\n{out}\nstderr:\n{err}", output.status.code())
-}
+use pontoon_tests::{debian_image, shell_beside_image, text};
 
 /// What a shell script printed on the emulated host, where the image is, line by line; `None` where that cannot be.
 fn in_lab(script: &str) -> Option<Vec<String>> {
-    let store = Store::open_default().ok().filter(|store| store.get("debian").is_ok());
-    let Some(store) = store else {
-        skip("the image is not built: pontoon image build debian");
-        return None;
-    };
-    if !have_lab() {
-        return None;
-    }
-    let put = format!("{}:/root/.cache/pontoon/images", store.images_dir().display());
-    let args = ["lab", "--timeout", "170", "--put", &put, "--", "sh", "-c", script];
-    let output = Pontoon::new(args).output();
+    let output = shell_beside_image(&debian_image()?, script);
     let all = text(&output);
     assert_eq!(output.status.code(), Some(0), "{all}");
     Some(String::from_utf8_lossy(&output.stdout).lines().map(|line| line.trim_end().to_owned()).collect())

@@ -4,30 +4,15 @@
 
 use std::process::Output;
 
-use guest_images::Store;
-use pontoon_tests::{Pontoon, have_lab, skip};
-
-fn text(output: &Output) -> String {
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    format!("status {:?}\nstdout:\n{out}\nstderr:\n{err}", output.status.code())
-}
+use pontoon_tests::{Pontoon, debian_image, have_lab, shell_beside_image, text};
 
 /// A shell script on the emulated host, where the image is; `None` where that cannot be.
 fn in_lab(script: &str) -> Option<Output> {
-    let store = Store::open_default().ok().filter(|store| store.get("debian").is_ok());
-    let Some(store) = store else {
-        skip("the image is not built: pontoon image build debian");
-        return None;
-    };
-    if !have_lab() {
-        return None;
-    }
-    let put = format!("{}:/root/.cache/pontoon/images", store.images_dir().display());
+    let image = debian_image()?;
     // What is waited for is tried again until it is there, or the lab's time is up.
     let script =
         format!("set -e\nuntil_so() {{ until \"$@\" >/dev/null 2>&1; do sleep 0.3; done; }}\n{script}");
-    let args = ["lab", "--timeout", "170", "--put", &put, "--", "sh", "-c", &script];
-    Some(Pontoon::new(args).output())
+    Some(shell_beside_image(&image, &script))
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::{Child, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use pontoon_tests::{Pontoon, have_kvm};
+use pontoon_tests::{Pontoon, have_kvm, text};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
@@ -73,11 +73,6 @@ impl Drop for Host {
             self.run(&["kill", machine["name"].as_str().unwrap_or("?")]);
         }
     }
-}
-
-fn text(output: &Output) -> String {
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    format!("status {:?}\nstdout:\n{out}\nstderr:\n{err}", output.status.code())
 }
 
 fn pid(machine: &Value) -> Pid {

@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 use guest_images::cpio::Tree;
 use guest_images::deb::Suite;
 use guest_images::{BuildOptions, Image, Store};
-use pontoon_tests::{Pontoon, have_lab, skip};
+use pontoon_tests::{Pontoon, debian_image, have_lab, skip, text};
 
 /// The program of both ends: static, so it runs in a guest without libraries. `cargo test` builds it with the tests.
 fn peer() -> PathBuf {
@@ -64,20 +64,13 @@ fn talk(image: &Image, bytes: u64, connections: u64) -> Output {
 }
 
 fn assert_whole(output: &Output) {
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(
-        output.status.success() && out.contains("all streams arrived whole"),
-        "status {:?}\nstdout:\n{out}\nstderr:\n{err}",
-        output.status.code()
-    );
+    let all = text(output);
+    assert!(output.status.success() && all.contains("all streams arrived whole"), "{all}");
 }
 
 #[test]
 fn a_stock_kernel_and_the_host_exchange_streams_both_ways_without_losing_a_byte() {
-    let Some(image) = Store::open_default().and_then(|store| store.get("debian")).ok().filter(|_| have_lab())
-    else {
-        return skip("the image is not built: pontoon image build debian");
-    };
+    let Some(image) = debian_image() else { return };
     assert_whole(&talk(&image, 4 << 20, 40));
 }
 
