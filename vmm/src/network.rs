@@ -5,8 +5,8 @@
 //! DHCP and DNS, find each other by name, and reach the world through the host's sockets. Machines may start and end in any
 //! order; the network lives as long as a handle to it or one of its interfaces does.
 //!
-//! A machine that shares its network with nobody needs none of this: a [`Nat`] or a [`TapPort`](net::tap::TapPort)
-//! is a [`FramePort`] and goes into a [`Nic`] as it is.
+//! A machine that shares its network with nobody needs no switch: [`Network::private`]. And whatever is a [`FramePort`], such as a
+//! [`TapPort`](net::tap::TapPort) on a bridge, goes into a [`Nic`] as it is.
 //!
 //! ```no_run
 //! use net::nat::NatConfig;
@@ -45,6 +45,9 @@ pub enum NetworkError {
     /// A stream into a guest.
     #[error(transparent)]
     Connect(#[from] ConnectError),
+    /// The network is one machine's.
+    #[error("this network belongs to one machine; make it with Network::nat for several")]
+    Private,
     /// The network has no NAT, and so no way from this host into it.
     #[error("this network is isolated: this host has no part in it; make it with Network::nat")]
     Isolated,
@@ -54,9 +57,21 @@ pub enum NetworkError {
 }
 
 /// A network that machines of this process share; clones are handles to the same one.
+///
+/// ```
+/// use vmm::network::{Network, NetworkError};
+///
+/// let network = Network::isolated();
+/// let (first, second) = (network.nic("vm1")?, network.nic("vm2")?);
+/// assert_ne!(first.mac, second.mac);
+/// // The two reach each other; this host has no way in.
+/// assert!(matches!(network.connect(None, 22), Err(NetworkError::Isolated)));
+/// # Ok::<(), NetworkError>(())
+/// ```
 #[derive(Clone)]
 pub struct Network {
-    switch: Switch,
+    /// None for a machine that has the NAT for itself.
+    switch: Option<Switch>,
     nat: Option<NatHandle>,
     published: Vec<(Publish, SocketAddrV4)>,
 }
@@ -78,19 +93,42 @@ impl Network {
         let (handle, published) = (nat.handle()?, nat.published());
         let uplink: Box<dyn FramePort> = Box::new(nat);
         let switch = Switch::with_uplink(uplink, Some(gateway))?;
-        Ok(Self { switch, nat: Some(handle), published })
+        Ok(Self { switch: Some(switch), nat: Some(handle), published })
+    }
+
+    /// A network for one machine, and that machine's interface: a [`Nat`] without a switch before it, as `pontoon run --net nat` has
+    /// it.
+    ///
+    /// ```
+    /// use net::MacAddr;
+    /// use net::nat::{NatConfig, Publish};
+    /// use vmm::network::Network;
+    ///
+    /// let config = NatConfig { publish: vec![Publish::tcp(0, 80)], ..NatConfig::on_free_subnet()? };
+    /// let (network, nic) = Network::private(config, MacAddr::for_name("nat", "vm1"))?;
+    /// println!("{} is on {}, its port 80 is {}", nic.mac, network.subnet().unwrap(), network.published()[0].1);
+    /// // Machine::builder().nic(nic)…; then network.connect(None, 22), network.leases(), …
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`NetworkError::Nat`] and [`NetworkError::Io`].
+    pub fn private(config: NatConfig, mac: MacAddr) -> Result<(Self, Nic), NetworkError> {
+        let mut nat = Nat::new(config)?;
+        let (handle, published) = (nat.handle()?, nat.published());
+        Ok((Self { switch: None, nat: Some(handle), published }, Nic::new(mac, nat)))
     }
 
     /// A network whose machines reach each other, and nothing else.
     pub fn isolated() -> Self {
-        Self { switch: Switch::new(), nat: None, published: Vec::new() }
+        Self { switch: Some(Switch::new()), nat: None, published: Vec::new() }
     }
 
     /// An interface for the machine called `name`, whose MAC address (52:54:00:…) is made from it: a name
     /// gets the same address, and so the same lease, every time.
     ///
     /// # Errors
-    /// [`NetworkError::Plug`], when the network has a machine of that name or no room.
+    /// [`NetworkError::Plug`], when the network has a machine of that name or no room; [`NetworkError::Private`].
     pub fn nic(&self, name: &str) -> Result<Nic, NetworkError> {
         self.nic_with_mac(MacAddr::for_name("network", name))
     }
@@ -98,9 +136,10 @@ impl Network {
     /// An interface with this MAC address.
     ///
     /// # Errors
-    /// [`NetworkError::Plug`], when the address is in use or there is no room.
+    /// [`NetworkError::Plug`], when the address is in use or there is no room; [`NetworkError::Private`].
     pub fn nic_with_mac(&self, mac: MacAddr) -> Result<Nic, NetworkError> {
-        Ok(Nic { mac, port: Box::new(self.switch.plug(Some(mac))?) })
+        let switch = self.switch.as_ref().ok_or(NetworkError::Private)?;
+        Ok(Nic::new(mac, switch.plug(Some(mac))?))
     }
 
     /// The subnet, if there is a NAT.
@@ -108,9 +147,14 @@ impl Network {
         self.nat.as_ref().map(NatHandle::subnet)
     }
 
-    /// Where the published TCP ports listen, the host's choice for those given as 0.
+    /// Where the published ports are open, the host's choice for those given as 0: TCP's, then UDP's.
     pub fn published(&self) -> &[(Publish, SocketAddrV4)] {
         &self.published
+    }
+
+    /// The NAT's own handle, if there is a NAT: what [`crate::runtime::control::Control::nat`] wants.
+    pub fn handle(&self) -> Option<&NatHandle> {
+        self.nat.as_ref()
     }
 
     /// The DHCP leases that hold; none without a NAT.

@@ -9,6 +9,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::str::FromStr;
 use std::time::Duration;
 
+use super::subnet::{NoFreeSubnet, choose, taken_by_host};
 use crate::MacAddr;
 
 /// Smallest and largest MTU: RFC 791 §3.2 asks every host to take 576 bytes; 65520 is the largest that leaves room
@@ -55,6 +56,15 @@ impl Default for NatConfig {
 }
 
 impl NatConfig {
+    /// The default, on a subnet that nothing of this host is in the way of: libvirt's, or the next free one ([`super::choose`]).
+    ///
+    /// # Errors
+    /// When every candidate is taken.
+    pub fn on_free_subnet() -> Result<Self, NoFreeSubnet> {
+        let subnet = choose(&taken_by_host())?.subnet;
+        Ok(Self { subnet, ..Self::default() })
+    }
+
     /// The gateway's IP address: the first of the subnet.
     pub fn gateway(&self) -> Ipv4Addr {
         self.subnet.host(1)
@@ -240,6 +250,19 @@ pub struct Publish {
     pub protocol: PublishProtocol,
     /// The guest; a parsed text means the first one.
     pub to: PublishTo,
+}
+
+impl Publish {
+    /// TCP port `guest_port` of the first guest, at `host_port` of 127.0.0.1; 0 lets the host choose.
+    pub fn tcp(host_port: u16, guest_port: u16) -> Self {
+        let (addr, protocol) = (Ipv4Addr::LOCALHOST, PublishProtocol::Tcp);
+        Self { addr, host_port, guest_port, protocol, to: PublishTo::First }
+    }
+
+    /// The same for UDP.
+    pub fn udp(host_port: u16, guest_port: u16) -> Self {
+        Self { protocol: PublishProtocol::Udp, ..Self::tcp(host_port, guest_port) }
+    }
 }
 
 impl fmt::Display for Publish {

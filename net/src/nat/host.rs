@@ -77,7 +77,7 @@ pub(crate) trait StreamHost {
     /// As `bind` and `listen` do.
     fn listen(&mut self, at: SocketAddrV4, token: Token) -> io::Result<SockId>;
 
-    /// Where a listener listens, once the host has chosen a port.
+    /// Where a listener listens or a UDP socket is bound, once the host has chosen a port.
     ///
     /// # Errors
     /// As `getsockname` does.

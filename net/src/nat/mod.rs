@@ -188,10 +188,12 @@ impl Nat {
         &self.shared.config
     }
 
-    /// Where the published TCP ports listen, once the host has chosen the ports that were given as 0.
+    /// Where the published ports are open, once the host has chosen those that were given as 0: TCP's, then UDP's.
     pub fn published(&mut self) -> Vec<(Publish, std::net::SocketAddrV4)> {
         let now = self.shared.host.now();
-        self.tcp.published(&mut self.shared.cx(now))
+        let mut all = self.tcp.published(&mut self.shared.cx(now));
+        all.extend(self.udp.published(&mut self.shared.cx(now)));
+        all
     }
 
     /// How many sockets of the host are open for the guests, listeners and the gateway's services included.

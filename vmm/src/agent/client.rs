@@ -24,6 +24,28 @@ const AGAIN: Duration = Duration::from_millis(100);
 type Connect = dyn Fn() -> io::Result<OwnedFd> + Send + Sync;
 
 /// The agent of one machine. Cheap to clone; every call makes a connection of its own.
+///
+/// ```no_run
+/// use std::path::Path;
+/// use std::time::Duration;
+///
+/// use vmm::agent::{Client, Command};
+/// use vmm::machine::{Guest, Machine};
+///
+/// # let image = guest_images::Store::open_default()?.get("debian")?;
+/// // Its init waits; what is to be done comes through the agent.
+/// let guest = Guest::image(&image).command(["sleep", "infinity"]);
+/// let machine = Machine::builder().guest(guest)?.vsock("/tmp/vm1.sock").build()?.start()?;
+///
+/// let agent = Client::vsock("/tmp/vm1.sock");
+/// agent.wait_until_ready(Duration::from_secs(60))?;
+/// agent.put(Path::new("input.csv"), Path::new("/root/input.csv"))?;
+/// let output = agent.output(Command::new("wc").arg("-l").arg("/root/input.csv"), 4096)?;
+/// assert!(output.status.success());
+/// agent.power_off()?;
+/// machine.wait();
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct Client {
     way: Way,

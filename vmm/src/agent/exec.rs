@@ -15,6 +15,22 @@ use super::pump::{Event, Order, Pump, Sink, Source};
 use super::wire::{Exec, Exit, Kind, MAX_REQUEST};
 
 /// A command to run in the machine.
+///
+/// ```no_run
+/// use std::time::Duration;
+///
+/// use vmm::agent::{AgentError, Client, Command};
+///
+/// let agent = Client::vsock("vsock.sock");
+/// let mut build = Command::new("make");
+/// build.arg("-j2").current_dir("/src").user("nobody").env("CC", "gcc").timeout(Duration::from_secs(600));
+/// match agent.output(&build, 1 << 20) {
+///     Ok(output) => println!("status {}", output.status.code()),
+///     Err(AgentError::TimedOut { .. }) => println!("it took too long"),
+///     Err(error) => return Err(error),
+/// }
+/// # Ok(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Command {
     argv: Vec<OsString>,
@@ -136,6 +152,14 @@ impl fmt::Debug for ExitStatus {
 }
 
 /// A command that has ended, with what it wrote.
+///
+/// ```no_run
+/// # use vmm::agent::{Client, Command};
+/// # let agent = Client::vsock("vsock.sock");
+/// let output = agent.output_of(Command::new("sort").arg("-n"), b"10\n9\n".to_vec(), 4096)?;
+/// assert_eq!((output.status.code(), output.stdout.as_slice()), (0, &b"9\n10\n"[..]));
+/// # Ok::<(), vmm::agent::AgentError>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Output {
     /// How it ended.
@@ -149,6 +173,25 @@ pub struct Output {
 /// Descriptors of the caller's that a command is attached to.
 ///
 /// They may block; they are only read and written when poll says that this does not.
+///
+/// ```no_run
+/// use std::os::fd::AsFd;
+///
+/// use vmm::agent::{Client, Command, Streams};
+///
+/// let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+/// let streams = Streams {
+///     stdin: Some(stdin.as_fd()),
+///     stdout: stdout.as_fd(),
+///     stderr: stderr.as_fd(),
+///     resized: None,
+///     signals: Vec::new(),
+/// };
+/// let status = Client::vsock("vsock.sock").attach(&Command::new("sh"), &streams)?;
+/// std::process::exit(status.code().into());
+/// # #[allow(unreachable_code)]
+/// # Ok::<(), vmm::agent::AgentError>(())
+/// ```
 #[derive(Debug)]
 pub struct Streams<'a> {
     /// Where its standard input comes from; without, it is empty.
@@ -237,6 +280,21 @@ impl Client {
 }
 
 /// A command under way. Dropping it ends the command: SIGHUP, and SIGKILL two seconds later.
+///
+/// ```no_run
+/// use std::io::{BufRead, BufReader, Write};
+///
+/// use vmm::agent::{Client, Command};
+///
+/// let mut shell = Client::vsock("vsock.sock").exec(&Command::new("sh"))?;
+/// let mut input = shell.stdin.take().expect("it was not taken yet");
+/// let mut lines = BufReader::new(shell.stdout.take().expect("it was not taken yet")).lines();
+/// input.write_all(b"uname -r\n")?;
+/// println!("{}", lines.next().transpose()?.unwrap_or_default());
+/// drop(input); // its end is the shell's
+/// println!("status {}", shell.wait()?.code());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Process {
     /// Its standard input; dropping it is the input's end.

@@ -7,6 +7,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
+use std::net::SocketAddrV4;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
@@ -14,7 +15,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, anyhow, bail};
 use net::FramePort;
 use net::attach::{self, Ended};
-use net::nat::{Nat, NatConfig};
+use net::nat::{Nat, NatConfig, Publish, PublishProtocol};
 use net::tap::{TapError, TapName, TapPort};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -121,12 +122,16 @@ fn nat(args: &AttachArgs) -> Result<Nat, Failure> {
         dns: args.dns.iter().map(|server| server.0).collect(),
         ..NatConfig::default()
     };
-    network::make_nat(args.subnet, config)
+    Nat::new(network::on_subnet(args.subnet, config)?).map_err(network::nat_failure)
 }
 
 /// Says what there is now; a script waits for this line.
 fn announce(args: &AttachArgs, tap: &TapPort, nat: &mut Nat) {
-    let published: Vec<String> = nat.published().iter().map(|(_, at)| at.to_string()).collect();
+    let name = |(port, at): (Publish, SocketAddrV4)| match port.protocol {
+        PublishProtocol::Tcp => at.to_string(),
+        PublishProtocol::Udp => format!("{at}/udp"),
+    };
+    let published: Vec<String> = nat.published().into_iter().map(name).collect();
     let (subnet, gateway) = (nat.config().subnet, nat.config().gateway());
     if args.json {
         output::json(&serde_json::json!({

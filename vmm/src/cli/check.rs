@@ -4,7 +4,6 @@
 //! TCP and UDP through the NAT. It needs no image, no root and no internet. Exit status 1 if a row failed; each
 //! failed row has a hint.
 
-use std::borrow::Cow;
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use net::MacAddr;
-use net::nat::{self, Nat, NatConfig};
+use net::nat::{self, NatConfig};
 use serde_json::{Value, json};
-use vmm::boot::Kernel;
 use vmm::kvm::{self, Host, KvmKind};
-use vmm::machine::{ExitReason, Machine, Nic};
+use vmm::machine::{ExitReason, Guest, Machine};
+use vmm::network::Network;
 use vmm::world::{WORLD_NAME, World};
 
 use super::args::CheckArgs;
@@ -231,14 +230,13 @@ fn boot(
         return Err(Failure::machine(anyhow!("the check's own servers have IPv4 addresses")));
     };
     let config = NatConfig { subnet, host_access: true, dns: vec![dns], ..NatConfig::default() };
-    let nat = Nat::new(config).map_err(Failure::machine)?;
+    let (_, nic) = Network::private(config, MacAddr::for_name("check", "probe")).map_err(Failure::machine)?;
     let script: Vec<&str> = orders.iter().map(|order| order.text.as_str()).collect();
     let builder = Machine::builder()
+        .guest(Guest::probe().words(format!("probe.do={}", script.join(";"))))
+        .map_err(Failure::machine)?
         .memory(MEMORY)
-        .kernel(Kernel::Bytes(Cow::Borrowed(guest_images::PROBE)))
-        .bare_metal(true)
-        .cmdline(format!("probe.do={}", script.join(";")))
-        .nic(Nic { mac: MacAddr::for_name("check", "probe"), port: Box::new(nat) })
+        .nic(nic)
         .serial_output(console);
     let (builder, watch) = signals.watch(builder, Some(Instant::now() + TIMEOUT))?;
     let machine = builder.build().map_err(Failure::machine)?;

@@ -10,14 +10,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::anyhow;
+use devices::disk::DiskMode;
 use net::nat::Publish;
+use vmm::boot::Kernel;
 use vmm::lab::{self, Config, Run, RunOptions};
+use vmm::machine::{Guest, Init};
 
 use super::Failure;
-use super::args::{NetSpec, RunArgs};
+use super::args::{DiskSpec, NetSpec, RunArgs};
 use super::carry::Carried;
 use super::lab::{forward, run_in_lab};
-use super::run::{Boot, PROBE};
+use super::run::PROBE;
 
 /// What the outer machine needs beside its guest's memory, in MiB.
 const OUTER_MIB: u64 = 700;
@@ -27,20 +30,26 @@ const MOST_MIB: u32 = 3072;
 /// `--timeout` counts in the lab; this much later the lab itself is ended from outside.
 const GRACE: Duration = Duration::from_secs(30);
 
-pub(crate) fn run(args: &RunArgs, boot: &Boot) -> Result<u8, Failure> {
+pub(crate) fn run(args: &RunArgs, guest: &Guest) -> Result<u8, Failure> {
     check(args)?;
     let cache = lab::default_cache().ok_or_else(|| {
         Failure::usage(anyhow!("set XDG_CACHE_HOME or HOME: the lab keeps its snapshot there"))
     })?;
-    let disks = Carried::open(&boot.disks(args))?;
+    let disks = Carried::open(&all_disks(args, guest))?;
     let config = Config { memory_mib: outer_memory(args)?, ..Config::new(cache) };
     let mut run = Run::new(["pontoon"]);
-    words(args, boot, &disks, &mut run);
+    words(args, guest, &disks, &mut run);
     run.timeout = args.timeout.map(|seconds| Duration::from_secs(seconds.into()) + GRACE);
     let status = run_in_lab(&RunOptions { config, run });
     // Locked until here.
     drop(disks);
     status
+}
+
+/// The machine's disks, in order: the image's comes first.
+fn all_disks(args: &RunArgs, guest: &Guest) -> Vec<DiskSpec> {
+    let own = guest.disk().map(|path| DiskSpec { path: path.to_path_buf(), mode: DiskMode::Overlay });
+    own.into_iter().chain(args.disk.iter().cloned()).collect()
 }
 
 /// Flags that name something of this host which the lab does not have.
@@ -95,16 +104,16 @@ impl Words {
 }
 
 /// Writes the command line again, and notes the files and ports that it needs.
-fn words(args: &RunArgs, boot: &Boot, disks: &Carried, run: &mut Run) {
+fn words(args: &RunArgs, guest: &Guest, disks: &Carried, run: &mut Run) {
     let mut words = Words(vec!["pontoon".into(), "run".into()]);
-    match boot {
-        Boot::Probe => words.0.push(PROBE.into()),
-        Boot::Linux { kernel, initrd, .. } => {
-            words.flag("--kernel", put(run, kernel, "vmlinuz"));
-            if let Some(initrd) = initrd {
-                words.flag("--initrd", put(run, initrd, "initrd.img"));
-            }
-        }
+    let (kernel, initrd) = guest.files();
+    match kernel {
+        Kernel::Path(kernel) => words.flag("--kernel", put(run, kernel, "vmlinuz")),
+        // In this program, and so in the same one inside.
+        Kernel::Bytes(_) => words.0.push(PROBE.into()),
+    }
+    if let Some(Kernel::Path(initrd)) = initrd {
+        words.flag("--initrd", put(run, initrd, "initrd.img"));
     }
     words.flag("--accel", "kvm");
     words.flag_if("--name", args.name.as_ref());
@@ -113,7 +122,7 @@ fn words(args: &RunArgs, boot: &Boot, disks: &Carried, run: &mut Run) {
     words.flag("--net", args.net.to_string());
     words.flag_if("--cpu-limit", args.cpu_limit);
     words.flag_if("--cpu-share", args.cpu_share);
-    words.flag_if("--cmdline", Some(boot.cmdline(args)).filter(|words| !words.is_empty()));
+    words.flag_if("--cmdline", Some(guest.extra_words()).filter(|words| !words.is_empty()));
     words.flag_if("--mac", args.mac);
     words.flag_if("--subnet", args.subnet);
     words.flag_if("--timeout", args.timeout);
@@ -135,7 +144,7 @@ fn words(args: &RunArgs, boot: &Boot, disks: &Carried, run: &mut Run) {
             run.get.push((inside, outside.clone()));
         }
     }
-    if matches!(boot, Boot::Linux { our_init: true, .. }) {
+    if guest.init() == Init::Ours {
         words.0.push("--our-init".into());
     }
     if args.json {

@@ -1,12 +1,12 @@
 //! From `--net` and its companions to a NIC that is plugged in.
 
 use anyhow::{Context, anyhow};
+use net::MacAddr;
 use net::bridge::{self, BridgeError};
-use net::nat::{self, Nat, NatConfig, NatError, NatHandle, Publish, PublishProtocol, Subnet};
-use net::pcap::{PcapPort, SNAPLEN_ALL};
+use net::nat::{self, NatConfig, NatError, NatHandle, Publish, Subnet};
 use net::tap::{TapError, TapName, TapPort};
-use net::{FramePort, MacAddr};
 use vmm::machine::Nic;
+use vmm::network::NetworkError;
 
 use super::args::{NetSpec, RunArgs};
 use super::{Failure, output};
@@ -60,24 +60,26 @@ pub(crate) fn plug(args: &RunArgs) -> Result<Network, Failure> {
         NetSpec::Tap(name) => {
             let port = tap(name)?;
             let interface = Some(port.name().to_owned());
-            Ok(Network { interface, ..Network::new(capture(args, mac, port)?) })
+            Ok(Network { interface, ..Network::new(capture(args, Nic::new(mac, port))?) })
         }
         NetSpec::Nat => {
-            let mut nat = nat(args)?;
-            let network = Some(nat.config().subnet.to_string());
-            let published = published(&mut nat);
-            let handle = nat.handle().context("making the NAT's door").map_err(Failure::machine)?;
-            Ok(Network { network, published, handle: Some(handle), ..Network::new(capture(args, mac, nat)?) })
+            let private = vmm::network::Network::private(nat_config(args)?, mac);
+            let (nat, nic) = private.map_err(|error| match error {
+                NetworkError::Nat(error) => nat_failure(error),
+                other => Failure::machine(other),
+            })?;
+            let network = nat.subnet().map(|subnet| subnet.to_string());
+            let (published, handle) = (published(&nat), nat.handle().cloned());
+            Ok(Network { network, published, handle, ..Network::new(capture(args, nic)?) })
         }
     }
 }
 
 /// The published ports as `-p` would name them, with the ports that they really have.
-fn published(nat: &mut Nat) -> Vec<String> {
-    let tcp = nat.published().into_iter();
-    let tcp = tcp.map(|(port, at)| Publish { addr: *at.ip(), host_port: at.port(), ..port });
-    let udp = nat.config().publish.iter().filter(|port| port.protocol == PublishProtocol::Udp).cloned();
-    tcp.chain(udp.collect::<Vec<_>>()).map(|port| port.to_string()).collect()
+fn published(nat: &vmm::network::Network) -> Vec<String> {
+    let ports = nat.published().iter();
+    let ports = ports.map(|(port, at)| Publish { addr: *at.ip(), host_port: at.port(), ..port.clone() });
+    ports.map(|port| port.to_string()).collect()
 }
 
 fn refuse_nat_flags(args: &RunArgs) -> Result<(), Failure> {
@@ -111,18 +113,18 @@ fn tap(name: &str) -> Result<TapPort, Failure> {
 }
 
 /// The NAT as the flags describe it.
-fn nat(args: &RunArgs) -> Result<Nat, Failure> {
+fn nat_config(args: &RunArgs) -> Result<NatConfig, Failure> {
     let config = NatConfig {
         publish: args.publish.clone(),
         host_access: args.host_access,
         dns: args.dns.iter().map(|server| server.0).collect(),
         ..NatConfig::default()
     };
-    make_nat(args.subnet, config)
+    on_subnet(args.subnet, config)
 }
 
 /// A NAT on `subnet`, or else on one that this host does not use for anything else.
-pub(crate) fn make_nat(subnet: Option<Subnet>, config: NatConfig) -> Result<Nat, Failure> {
+pub(crate) fn on_subnet(subnet: Option<Subnet>, config: NatConfig) -> Result<NatConfig, Failure> {
     let subnet = match subnet {
         Some(subnet) => subnet,
         None => {
@@ -136,20 +138,23 @@ pub(crate) fn make_nat(subnet: Option<Subnet>, config: NatConfig) -> Result<Nat,
             choice.subnet
         }
     };
-    Nat::new(NatConfig { subnet, ..config }).map_err(|error| match error {
-        NatError::System { .. } => Failure::machine(error),
-        _ => Failure::usage(error),
-    })
+    Ok(NatConfig { subnet, ..config })
 }
 
-fn capture(args: &RunArgs, mac: MacAddr, port: impl FramePort + 'static) -> Result<Nic, Failure> {
-    let port: Box<dyn FramePort> = match &args.pcap {
-        None => Box::new(port),
-        Some(path) => Box::new(
-            PcapPort::create(port, path, SNAPLEN_ALL)
-                .with_context(|| format!("creating the capture file {}", path.display()))
-                .map_err(Failure::usage)?,
-        ),
-    };
-    Ok(Nic { mac, port })
+/// Why there is no NAT.
+pub(crate) fn nat_failure(error: NatError) -> Failure {
+    match error {
+        NatError::System { .. } => Failure::machine(error),
+        _ => Failure::usage(error),
+    }
+}
+
+fn capture(args: &RunArgs, nic: Nic) -> Result<Nic, Failure> {
+    match &args.pcap {
+        None => Ok(nic),
+        Some(path) => nic
+            .capture(path)
+            .with_context(|| format!("creating the capture file {}", path.display()))
+            .map_err(Failure::usage),
+    }
 }

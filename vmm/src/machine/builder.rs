@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 use std::thread;
 
@@ -13,6 +13,7 @@ use devices::serial::{Hold, Sink};
 use devices::virtio::VirtioDevice;
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::VcpuFd;
+use net::pcap::{PcapPort, SNAPLEN_ALL};
 use net::{FramePort, MacAddr};
 
 use super::devices::Devices;
@@ -36,7 +37,7 @@ pub const DEFAULT_MEMORY: u64 = 512 << 20;
 /// half of its start on testing its own ciphers (docs/decisions/0007).
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1 cryptomgr.notests";
 
-/// A network interface of a machine.
+/// A network interface of a machine. [`vmm::network::Network`](crate::network::Network) makes those that are behind a NAT.
 pub struct Nic {
     /// Its Ethernet address.
     pub mac: MacAddr,
@@ -44,10 +45,62 @@ pub struct Nic {
     pub port: Box<dyn FramePort>,
 }
 
+impl Nic {
+    /// An interface with this address, plugged into `port`.
+    ///
+    /// ```no_run
+    /// use net::MacAddr;
+    /// use net::tap::{TapName, TapPort};
+    /// use vmm::machine::{Machine, Nic};
+    ///
+    /// // On the LAN, behind a bridge (docs/bridge.md), and with a capture of what passes.
+    /// let tap = TapPort::open(&TapName::default(), Some("br0"))?;
+    /// let nic = Nic::new(MacAddr::for_name("br0", "vm1"), tap).capture("vm1.pcap")?;
+    /// let machine = Machine::builder().kernel("vmlinuz").initrd("initrd").nic(nic).build()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn new(mac: MacAddr, port: impl FramePort + 'static) -> Self {
+        Self { mac, port: Box::new(port) }
+    }
+
+    /// Writes what passes to a capture file, whole frames, for Wireshark and tcpdump.
+    ///
+    /// # Errors
+    /// When the file can't be created.
+    pub fn capture(self, path: impl AsRef<Path>) -> io::Result<Self> {
+        let port = PcapPort::create(self.port, path.as_ref(), SNAPLEN_ALL)?;
+        Ok(Self::new(self.mac, port))
+    }
+}
+
 /// Makes a worker, once the machine is built that it is to serve.
 type MakeWorker = Box<dyn FnOnce(Remote) -> Worker + Send>;
 
 /// Describes a machine. Every method replaces what was said before, unless it says that it adds.
+///
+/// ```no_run
+/// use std::io::{Read, Write};
+///
+/// use devices::disk::{Disk, DiskMode};
+/// use net::nat::NatConfig;
+/// use vmm::machine::{Guest, Machine};
+/// use vmm::network::Network;
+///
+/// let network = Network::nat(NatConfig::on_free_subnet()?)?;
+/// let (builder, mut console) = Machine::builder()
+///     .guest(Guest::linux("vmlinuz").initrd("initrd.img").words("root=/dev/vda1"))?
+///     .cpus(2)
+///     .memory(1 << 30)
+///     .disk(Disk::open("base.img", DiskMode::Overlay)?)
+///     .nic(network.nic("vm1")?)
+///     .console()?;
+/// let machine = builder.build()?.start()?;
+/// console.write_all(b"root\n")?;
+/// let mut said = String::new();
+/// console.read_to_string(&mut said)?; // until the machine ends
+/// println!("{said}\n{}", machine.wait());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct MachineBuilder {
     cpus: u8,
     memory: u64,
@@ -218,10 +271,10 @@ impl MachineBuilder {
     }
 
     /// Holds serial input back until the guest is ready for it, so that bytes from a pipe are not lost to a driver that
-    /// starts, nor echoed by a terminal that nobody has set up. Not unless said so; not for a guest that polls.
+    /// starts, nor echoed by a terminal that nobody has set up. Not unless said so; not for a guest that polls. `None`: not at all.
     #[must_use]
-    pub fn hold_input(mut self, until: Hold) -> Self {
-        self.hold = Some(until);
+    pub fn hold_input(mut self, until: impl Into<Option<Hold>>) -> Self {
+        self.hold = until.into();
         self
     }
 
@@ -279,7 +332,17 @@ impl MachineBuilder {
     }
 }
 
-/// A machine that has not started.
+/// A machine that has not started. Whatever was wrong with its description has been told by then.
+///
+/// ```no_run
+/// use vmm::boot::KernelFormat;
+/// use vmm::machine::Machine;
+///
+/// let machine = Machine::builder().kernel("vmlinuz").initrd("initrd.img").build()?;
+/// assert_eq!(machine.kernel_format(), KernelFormat::BzImage);
+/// let running = machine.start()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Machine {
     vcpus: Vec<VcpuFd>,
     hardware: Arc<Hardware>,

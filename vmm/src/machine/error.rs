@@ -7,7 +7,15 @@ use crate::boot::BootError;
 use crate::kvm::VmError;
 use crate::memory::MemoryError;
 
-/// Why a machine could not be built.
+/// Why a machine could not be built. The text says what to do about it.
+///
+/// ```
+/// use vmm::machine::{BuildError, Machine};
+///
+/// let error = Machine::builder().build().err().expect("it has no kernel");
+/// assert!(matches!(error, BuildError::NoKernel));
+/// assert_eq!(error.to_string(), "the machine has no kernel; give it one with MachineBuilder::kernel");
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
     /// No kernel was given.

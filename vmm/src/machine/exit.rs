@@ -12,6 +12,15 @@ use rustix::event::{EventfdFlags, eventfd};
 use crate::vcpu::{CpuState, Ending, Failure};
 
 /// Why a machine ended.
+///
+/// ```
+/// use vmm::machine::ExitReason;
+///
+/// // What a shell would make of it, and what a person reads.
+/// assert_eq!(ExitReason::Status(3).status(), 3);
+/// assert_eq!(ExitReason::PowerOff.status(), 0);
+/// assert_eq!(ExitReason::Stopped.to_string(), "the machine was stopped");
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ExitReason {
     /// The guest powered off (ACPI S5).

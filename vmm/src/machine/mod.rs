@@ -1,9 +1,11 @@
 //! A machine: built from a description, started, waited for.
 //!
 //! ```no_run
+//! use guest_images::Store;
 //! use vmm::machine::Machine;
 //!
-//! let machine = Machine::builder().kernel("/boot/vmlinuz").initrd("/boot/initrd.img").memory(512 << 20).build()?;
+//! let image = Store::open_default()?.get("debian")?;
+//! let machine = Machine::builder().guest(&image)?.memory(512 << 20).build()?;
 //! let reason = machine.start()?.wait();
 //! println!("{reason}");
 //! # Ok::<(), Box<dyn std::error::Error>>(())
@@ -23,6 +25,7 @@ mod devices;
 mod error;
 mod events;
 mod exit;
+mod guest;
 mod hardware;
 mod running;
 
@@ -33,4 +36,5 @@ pub use crate::vcpu::{CpuState, Failure};
 pub use builder::{DEFAULT_CMDLINE, DEFAULT_MEMORY, Machine, MachineBuilder, Nic};
 pub use error::{BuildError, StartError};
 pub use exit::ExitReason;
+pub use guest::{Guest, GuestError, Init};
 pub use running::{Counters, NicCounters, Remote, Running, RunningHere};

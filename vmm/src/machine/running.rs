@@ -18,6 +18,16 @@ use crate::deadline;
 use crate::kvm::Vm;
 
 /// What a machine's devices have seen.
+///
+/// ```no_run
+/// # fn of(running: &vmm::machine::Running) {
+/// let counters = running.counters();
+/// for (n, nic) in counters.nics.iter().enumerate() {
+///     println!("eth{n}: {} frames from the guest, {} to it", nic.port.tx_frames, nic.port.rx_frames);
+/// }
+/// println!("{} bytes of console output lost", counters.serial_lost);
+/// # }
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Accesses to I/O ports that no device has.
@@ -48,6 +58,23 @@ pub struct NicCounters {
 }
 
 /// A running machine. Dropping it stops it.
+///
+/// ```no_run
+/// use std::time::Duration;
+///
+/// use vmm::machine::{ExitReason, Guest, Machine};
+///
+/// # let image = guest_images::Store::open_default()?.get("debian")?;
+/// let guest = Guest::image(&image).command(["sleep", "1000"]);
+/// let machine = Machine::builder().guest(guest)?.build()?.start()?;
+/// // A deadline: first the guest is asked, ten seconds later the plug is pulled.
+/// let reason = match machine.wait_for(Duration::from_secs(60)) {
+///     Some(reason) => reason,
+///     None => machine.shutdown(Duration::from_secs(10)),
+/// };
+/// assert!(matches!(reason, ExitReason::PowerOff | ExitReason::Stopped));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Running {
     pub(super) end: Arc<End>,
     pub(super) io: Option<JoinHandle<()>>,
@@ -55,6 +82,15 @@ pub struct Running {
 }
 
 /// A running machine whose devices are served by the thread that waits for it. Dropping it stops it.
+///
+/// ```no_run
+/// # let builder = vmm::machine::Machine::builder();
+/// // A program whose only work is this machine: one thread less, and nothing to join.
+/// let reason = builder.build()?.start_here()?.wait();
+/// std::process::exit(reason.status().into());
+/// # #[allow(unreachable_code)]
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct RunningHere {
     // Fields drop in order: the vCPUs stop while what they talk to still stands.
     pub(super) threads: VcpuThreads,
@@ -74,6 +110,17 @@ impl RunningHere {
 
 /// The door to a machine for what serves it, watches it or ends it from elsewhere, such as a thread that waits for signals. Keeps
 /// nothing of the machine alive.
+///
+/// ```no_run
+/// # let running = vmm::machine::Machine::builder().build()?.start()?;
+/// let remote = running.remote();
+/// std::thread::spawn(move || {
+///     let _ = std::io::stdin().read_line(&mut String::new());
+///     remote.stop();
+/// });
+/// println!("{}", running.wait());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct Remote {
     end: Arc<End>,

@@ -24,6 +24,15 @@ const PAUSE: Duration = Duration::from_millis(10);
 const PREFIX: &str = "pontoon-";
 
 /// What a machine may have of the CPUs.
+///
+/// ```no_run
+/// use vmm::runtime::{CpuGroup, CpuLimits, MachineName};
+///
+/// let half = CpuLimits { millis: Some(500), weight: None };
+/// // This process and all its threads, until the group is dropped.
+/// let group = CpuGroup::enter(&MachineName::numbered(1), half)?;
+/// # Ok::<(), vmm::runtime::CgroupError>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CpuLimits {
     /// At most so many thousandths of one CPU: 1500 is one and a half.

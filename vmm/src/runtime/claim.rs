@@ -181,6 +181,27 @@ fn empty(dir: &Path, keep: &[&str]) -> io::Result<()> {
 
 /// A name that is this process's, with its folder. Dropping it without [`Claim::end`] leaves nothing: the machine did not
 /// get to run.
+///
+/// ```no_run
+/// use vmm::machine::Machine;
+/// use vmm::runtime::control::Control;
+/// use vmm::runtime::{CONTROL_SOCKET, Phase, Runtime, State, VSOCK_SOCKET};
+///
+/// // A machine that `pontoon ps`, `exec` and `stop` find.
+/// let mut claim = Runtime::open()?.claim_numbered(State::default())?;
+/// let control = Control::bind(&claim.file(CONTROL_SOCKET))?;
+/// # let image = guest_images::Store::open_default()?.get("debian")?;
+/// let machine = Machine::builder()
+///     .guest(&image)?
+///     .vsock(claim.file(VSOCK_SOCKET))
+///     .worker(move |remote| control.serve(remote))
+///     .build()?
+///     .start()?;
+/// claim.update(|state| state.state = Phase::Running)?;
+/// let reason = machine.wait();
+/// claim.end(reason.status(), &reason.to_string());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Claim {
     runtime: Runtime,

@@ -9,6 +9,20 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// A sink for [`MachineBuilder::serial_output`](crate::machine::MachineBuilder::serial_output) that is bounded and never fails.
+///
+/// ```
+/// use std::io::Write;
+///
+/// use vmm::runtime::ConsoleLog;
+///
+/// # let folder = tempfile::tempdir()?;
+/// let (path, old) = (folder.path().join("console.log"), folder.path().join("console.log.1"));
+/// let mut log = ConsoleLog::create(&path, &old, 8)?;
+/// log.write_all(b"first\n")?;
+/// log.write_all(b"second\n")?;
+/// assert_eq!((std::fs::read(&old)?, std::fs::read(&path)?), (b"first\n".to_vec(), b"second\n".to_vec()));
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct ConsoleLog {
     path: PathBuf,

@@ -45,6 +45,21 @@ impl Condition {
 }
 
 /// A machine as its folder shows it.
+///
+/// ```no_run
+/// use std::time::Duration;
+///
+/// use vmm::runtime::Runtime;
+///
+/// // What `pontoon stop web` does, without its patience.
+/// let machine = Runtime::open()?.find_alive(&"web".parse()?)?;
+/// let process = machine.process()?;
+/// machine.control()?.power_button()?;
+/// if !process.wait(Duration::from_secs(10)) {
+///     process.kill()?;
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Entry {
     runtime: Runtime,

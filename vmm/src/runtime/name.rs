@@ -6,6 +6,15 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 /// A machine's name: a host name label (RFC 1035 §2.3.1, with digits first allowed by RFC 1123 §2.1), and so a safe file name.
+///
+/// ```
+/// use vmm::runtime::MachineName;
+///
+/// let name: MachineName = "web-1".parse()?;
+/// assert_eq!(name.as_str(), "web-1");
+/// assert!("../web".parse::<MachineName>().is_err());
+/// # Ok::<(), vmm::runtime::BadName>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct MachineName(String);

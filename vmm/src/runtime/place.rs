@@ -16,6 +16,23 @@ const SOCKET_PATH_MAX: usize = 107;
 const LONGEST_SOCKET: &str = "vsock.sock_4294967295";
 
 /// The folder of all machines of a user.
+///
+/// ```
+/// use vmm::runtime::{MachineName, Runtime, RuntimeError, State};
+///
+/// # let folder = tempfile::tempdir()?;
+/// // Runtime::open() is the user's own, which `pontoon ps` lists.
+/// let runtime = Runtime::at(folder.path().join("machines"))?;
+/// let name: MachineName = "web".parse()?;
+/// let claim = runtime.claim(&name, State { cpus: 2, ..State::default() })?;
+/// assert!(matches!(runtime.claim(&name, State::default()), Err(RuntimeError::Taken { .. })));
+/// for machine in runtime.list()? {
+///     println!("{} is {}", machine.name(), machine.condition().as_str());
+/// }
+/// drop(claim);
+/// assert!(matches!(runtime.find(&name), Err(RuntimeError::Unknown(_))));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Runtime {
     base: PathBuf,

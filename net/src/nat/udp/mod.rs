@@ -107,6 +107,13 @@ impl Udp {
         Ok(())
     }
 
+    /// Where the published ports are bound, in the order of the configuration.
+    pub(crate) fn published(&self, cx: &mut Cx<'_>) -> Vec<(Publish, SocketAddrV4)> {
+        let endpoints = self.published.iter().filter_map(|slot| self.endpoints.get(*slot));
+        let bound = endpoints.map(|e| Some((e.publish.clone()?, cx.host.local_addr(e.sock).ok()?)));
+        bound.flatten().collect()
+    }
+
     /// Takes a datagram from a guest.
     pub(crate) fn input(&mut self, cx: &mut Cx<'_>, packet: &Ipv4In<'_>) {
         if let Err(reason) = self.try_input(cx, packet) {

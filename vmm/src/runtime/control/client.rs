@@ -38,6 +38,18 @@ pub enum ControlError {
 }
 
 /// A connection to a machine's control socket.
+///
+/// ```no_run
+/// use vmm::runtime::Runtime;
+///
+/// let mut control = Runtime::open()?.find_alive(&"web".parse()?)?.control()?;
+/// let status = control.status()?;
+/// println!("up for {} s", status.uptime_ms / 1000);
+/// for lease in status.leases {
+///     println!("{} has {}", lease.mac, lease.address);
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Client {
     stream: UnixStream,

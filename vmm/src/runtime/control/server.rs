@@ -27,6 +27,22 @@ const NO_NAT: &str =
 const ACCEPTS: usize = 16;
 
 /// A machine's console, for those who attach to it.
+///
+/// ```
+/// use vmm::machine::Machine;
+/// use vmm::runtime::Scrollback;
+/// use vmm::runtime::control::{Console, Control};
+///
+/// # let folder = tempfile::tempdir()?;
+/// let scrollback = Scrollback::new()?;
+/// let (console, input) = Console::new(scrollback.clone())?;
+/// let control = Control::bind(&folder.path().join("control.sock"))?.console(console);
+/// let builder = Machine::builder()
+///     .serial_output(scrollback.tee(std::io::sink()))
+///     .serial_input(input)
+///     .worker(move |remote| control.serve(remote));
+/// # Ok::<(), std::io::Error>(())
+/// ```
 pub struct Console {
     scrollback: Scrollback,
     /// What is written here is typed to the guest.
