@@ -1,6 +1,9 @@
-//! The arrows between our crates point one way: vmm → devices → net. See docs/architecture.md.
+//! The arrows between our crates point one way: vmm → devices → net. See docs/architecture.md. And the command is made of what
+//! every program that embeds the library may use.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
@@ -87,5 +90,55 @@ fn every_package_that_the_design_names_has_a_role() {
         "event-manager",
     ] {
         assert!(text.contains(&format!("\"name\":\"{package}\"")), "{package} is not used");
+    }
+}
+
+/// How machines are made, which only the library knows: the command names none of it.
+const MECHANISM: [&str; 6] =
+    ["acpi_tables", "kvm_bindings", "kvm_ioctls", "linux_loader", "vm_memory", "vmm_sys_util"];
+
+/// What the command leaves to a call of the library's, and the call. Its own `attach` is no machine, and makes its NAT itself.
+const LEFT_TO_THE_LIBRARY: [(&str, &str); 6] = [
+    ("Nat::new(", "vmm::network::Network::private"),
+    ("Box<dyn FramePort>", "vmm::machine::Nic::new"),
+    ("PcapPort", "vmm::machine::Nic::capture"),
+    ("guest_images::PROBE", "vmm::machine::Guest::probe"),
+    ("with_request(", "vmm::machine::Guest::command"),
+    ("DEFAULT_CMDLINE", "vmm::machine::Guest"),
+];
+
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).expect("a folder of the repository").flatten();
+    let found = entries.flat_map(|entry| {
+        let path = entry.path();
+        if path.is_dir() { sources(&path) } else { vec![path] }
+    });
+    found.filter(|path| path.extension().is_some_and(|end| end == "rs")).collect()
+}
+
+#[test]
+fn the_command_is_made_of_what_every_program_may_use() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../vmm/src");
+    let read = |path: &Path| fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    // The compiler holds the command to the library's public items, as long as it is a crate of its own…
+    assert!(
+        read(&source.join("main.rs")).contains("mod cli;") && !read(&source.join("lib.rs")).contains("cli")
+    );
+    let (command, library): (Vec<_>, Vec<_>) =
+        sources(&source).into_iter().partition(|path| path.starts_with(source.join("cli")));
+    assert!(command.len() > 10 && library.len() > 50, "{} and {} files", command.len(), library.len());
+    for path in library {
+        // …and nothing is public for it alone.
+        assert!(!read(&path).contains("doc(hidden)"), "{} hides something", path.display());
+    }
+    for path in command {
+        let text = read(&path);
+        for name in MECHANISM {
+            assert!(!text.contains(&format!("{name}::")), "{}: {name} is the library's", path.display());
+        }
+        for (own, call) in LEFT_TO_THE_LIBRARY {
+            let attach = own == "Nat::new(" && path.ends_with("attach.rs");
+            assert!(attach || !text.contains(own), "{}: instead of {own}, {call}", path.display());
+        }
     }
 }

@@ -5,16 +5,13 @@
 //! The guest is the image `debian` (`pontoon image build debian`). Unlike a command that the guest's init runs, one of the agent's has
 //! its output and its errors apart, and there may be many of them, at once or one after the other, in one machine.
 
-use std::fs;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use guest_images::Store;
-use guest_images::initrd::{self, Request};
-use vmm::agent::{Client, Command};
-use vmm::boot::Kernel;
+use vmm::agent::Command;
 use vmm::machine::Machine;
 
 /// Most bytes of output that are kept.
@@ -26,20 +23,9 @@ fn main() -> Result<ExitCode> {
     let mut words = std::env::args().skip(1);
     let Some(program) = words.next() else { bail!("which command?") };
     let image = Store::open_default()?.get("debian")?;
-    // The guest itself does nothing but wait for what the agent is told.
-    let request = Request { argv: vec!["sleep".into(), "infinity".into()], ..Request::default() };
-    let initrd = fs::read(&image.initrd).context("reading the initrd")?;
-    let folder = tempfile::tempdir().context("making a folder for the machine's socket")?;
-    let socket = folder.path().join("vsock.sock");
-    let machine = Machine::builder()
-        .kernel(Kernel::Path(image.kernel))
-        .initrd(Kernel::Bytes(initrd::with_request(&initrd, &request)?.into()))
-        .memory(256 << 20)
-        .vsock(&socket)
-        .build()?
-        .start()?;
+    let (builder, guest) = Machine::builder().guest(&image)?.memory(256 << 20).agent()?;
+    let machine = builder.build()?.start()?;
 
-    let guest = Client::vsock(&socket);
     guest.wait_until_ready(BOOT)?;
     let output = guest.output(Command::new(program).args(words), LIMIT)?;
     io::stdout().write_all(&output.stdout)?;

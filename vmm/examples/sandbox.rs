@@ -6,16 +6,13 @@
 //! is the exit status. When the deadline has passed, the guest is asked to shut down, a little later its plug is pulled, and the
 //! status is 124.
 
-use std::fs;
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use guest_images::Store;
-use guest_images::initrd::{self, Console, Request};
-use vmm::boot::Kernel;
-use vmm::machine::Machine;
+use vmm::machine::{Guest, Machine};
 
 /// What the guest gets to shut down.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -28,14 +25,8 @@ fn main() -> Result<ExitCode> {
         bail!("which command?");
     }
     let image = Store::open_default()?.get("debian")?;
-    let request = Request { argv, console: Console::Bytes, ..Request::default() };
-    let initrd = fs::read(&image.initrd).context("reading the initrd")?;
-    let (builder, mut console) = Machine::builder()
-        .kernel(Kernel::Path(image.kernel))
-        .initrd(Kernel::Bytes(initrd::with_request(&initrd, &request)?.into()))
-        .cmdline("console=ttyS0 panic=-1 loglevel=3 cryptomgr.notests")
-        .memory(256 << 20)
-        .console()?;
+    let guest = Guest::image(&image).command(argv);
+    let (builder, mut console) = Machine::builder().guest(guest)?.memory(256 << 20).console()?;
     let machine = builder.build()?.start()?;
 
     // The console ends with the machine, whatever ends it; a thread that reads it needs no deadline of its own.

@@ -5,22 +5,18 @@
 //! The guests are the built-in probe, so it needs nothing but /dev/kvm. Prints what both guests report; the exit status
 //! is the first one's.
 
-use std::borrow::Cow;
 use std::io::{self, BufRead, BufReader, Read as _, Write as _};
 use std::process::ExitCode;
 
 use anyhow::Result;
 use net::nat::NatConfig;
-use vmm::boot::Kernel;
-use vmm::machine::{Machine, Running};
+use vmm::machine::{Guest, Machine, Running};
 use vmm::network::Network;
 
 /// A machine called `name` that carries out `orders` (docs/probe.md), and its console.
 fn start(network: &Network, name: &str, orders: &str) -> Result<(Running, impl BufRead)> {
     let (builder, console) = Machine::builder()
-        .kernel(Kernel::Bytes(Cow::Borrowed(guest_images::PROBE)))
-        .bare_metal(true)
-        .cmdline(format!("probe.do=dhcp,hostname={name};{orders}"))
+        .guest(Guest::probe().words(format!("probe.do=dhcp,hostname={name};{orders}")))?
         .memory(64 << 20)
         .nic(network.nic(name)?)
         .console()?;
@@ -29,7 +25,7 @@ fn start(network: &Network, name: &str, orders: &str) -> Result<(Running, impl B
 
 fn main() -> Result<ExitCode> {
     let mut out = io::stdout().lock();
-    let network = Network::nat(NatConfig::default())?;
+    let network = Network::nat(NatConfig::on_free_subnet()?)?;
     let (second, mut says) = start(&network, "second", "wait=20000")?;
     // It can be found by its name once it has its lease.
     for line in says.by_ref().lines() {

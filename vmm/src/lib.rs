@@ -11,11 +11,14 @@
 //! | [`console`] | a terminal in raw mode, its escape, serial input |
 //! | [`runtime`] | the folder in which a user's machines are found, and who lives in it |
 //! | [`lab`] | an emulated host with AMD-V, for hosts that have none |
-//! | [`network`] | a network that several machines share |
+//! | [`network`] | a network, of one machine or of several |
 //! | [`world`] | echo and DNS servers on loopback, for guests that are to prove something |
 //!
-//! Networks are the crate `net`: a NIC is plugged into any [`net::FramePort`], such as [`net::nat::Nat`] or
-//! [`net::tap::TapPort`].
+//! Three more crates belong to it, and come with it: [`net`] has what a NIC is plugged into (any [`net::FramePort`], such as
+//! [`net::nat::Nat`] or [`net::tap::TapPort`]), [`devices`] the disks, [`guest_images`] the images. A [`MachineBuilder::worker`](machine::MachineBuilder::worker) is written
+//! for [`event_manager`], which comes along too.
+
+pub use {devices, event_manager, guest_images, net};
 
 pub mod acpi;
 pub mod agent;

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tempfile::TempDir;
+
 use super::connect::{Address, PATIENCE};
 use super::error::{AgentError, local, shown};
 use super::link::Link;
@@ -29,15 +31,14 @@ type Connect = dyn Fn() -> io::Result<OwnedFd> + Send + Sync;
 /// use std::path::Path;
 /// use std::time::Duration;
 ///
-/// use vmm::agent::{Client, Command};
-/// use vmm::machine::{Guest, Machine};
+/// use vmm::agent::Command;
+/// use vmm::machine::Machine;
 ///
 /// # let image = guest_images::Store::open_default()?.get("debian")?;
-/// // Its init waits; what is to be done comes through the agent.
-/// let guest = Guest::image(&image).command(["sleep", "infinity"]);
-/// let machine = Machine::builder().guest(guest)?.vsock("/tmp/vm1.sock").build()?.start()?;
+/// // Its init starts a shell that nobody types to; what is to be done comes through the agent.
+/// let (builder, agent) = Machine::builder().guest(&image)?.agent()?;
+/// let machine = builder.build()?.start()?;
 ///
-/// let agent = Client::vsock("/tmp/vm1.sock");
 /// agent.wait_until_ready(Duration::from_secs(60))?;
 /// agent.put(Path::new("input.csv"), Path::new("/root/input.csv"))?;
 /// let output = agent.output(Command::new("wc").arg("-l").arg("/root/input.csv"), 4096)?;
@@ -49,6 +50,8 @@ type Connect = dyn Fn() -> io::Result<OwnedFd> + Send + Sync;
 #[derive(Clone)]
 pub struct Client {
     way: Way,
+    /// The socket's, if nobody else looks after it.
+    _folder: Option<Arc<TempDir>>,
 }
 
 #[derive(Clone)]
@@ -74,17 +77,26 @@ impl Client {
 
     /// The same on another vsock port.
     pub fn vsock_port(path: impl Into<PathBuf>, port: u32) -> Self {
-        Self { way: Way::Address(Address::Vsock(path.into(), port)) }
+        Self::at(Way::Address(Address::Vsock(path.into(), port)))
     }
 
     /// An agent that listens on a Unix socket (`pontoon-agent --unix PATH`).
     pub fn unix(path: impl Into<PathBuf>) -> Self {
-        Self { way: Way::Address(Address::Unix(path.into())) }
+        Self::at(Way::Address(Address::Unix(path.into())))
     }
 
     /// An agent that `connect` makes connections to: stream sockets on which nothing has been said.
     pub fn with(connect: impl Fn() -> io::Result<OwnedFd> + Send + Sync + 'static) -> Self {
-        Self { way: Way::Custom(Arc::new(connect)) }
+        Self::at(Way::Custom(Arc::new(connect)))
+    }
+
+    fn at(way: Way) -> Self {
+        Self { way, _folder: None }
+    }
+
+    /// Keeps the folder in which the socket is.
+    pub(crate) fn keeping(self, folder: Arc<TempDir>) -> Self {
+        Self { _folder: Some(folder), ..self }
     }
 
     /// A new connection.

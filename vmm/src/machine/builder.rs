@@ -1,8 +1,10 @@
 //! The description of a machine, and a machine built from it that has not started yet.
 
 use std::fmt::Write as _;
+use std::fs::Permissions;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
@@ -23,6 +25,7 @@ use super::exit::{End, EndOnPanic, ExitReason, reason};
 use super::hardware::Hardware;
 use super::running::{Remote, Running, RunningHere};
 use crate::acpi;
+use crate::agent::Client;
 use crate::boot::{self, BootSource, Kernel, KernelFormat};
 use crate::console::SerialInput;
 use crate::cpuid;
@@ -196,7 +199,39 @@ impl MachineBuilder {
     #[must_use]
     pub fn vsock(mut self, path: impl Into<PathBuf>) -> Self {
         self.devices.vsock = Some(path.into());
+        self.devices.vsock_folder = None;
         self
+    }
+
+    /// A virtio-vsock device, and a client of the agent behind it, for a program that runs commands in its machine and has no place for
+    /// a socket in mind: see [`crate::agent`]. The socket is in a folder of its own in [`std::env::temp_dir`], mode 0700, which goes
+    /// with the last of the client's clones.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use vmm::agent::Command;
+    /// use vmm::machine::Machine;
+    ///
+    /// # let image = guest_images::Store::open_default()?.get("debian")?;
+    /// let (builder, agent) = Machine::builder().guest(&image)?.agent()?;
+    /// let machine = builder.build()?.start()?;
+    /// agent.wait_until_ready(Duration::from_secs(60))?;
+    /// let output = agent.output(Command::new("uname").arg("-a"), 1 << 20)?;
+    /// println!("{}: {}", output.status.code(), String::from_utf8_lossy(&output.stdout));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// When the folder can't be made.
+    pub fn agent(self) -> io::Result<(Self, Client)> {
+        let ours = Permissions::from_mode(0o700);
+        let folder = Arc::new(tempfile::Builder::new().prefix("pontoon-").permissions(ours).tempdir()?);
+        let socket = folder.path().join("vsock.sock");
+        let client = Client::vsock(&socket).keeping(Arc::clone(&folder));
+        let mut builder = self.vsock(socket);
+        builder.devices.vsock_folder = Some(folder);
+        Ok((builder, client))
     }
 
     /// Whether the machine has a memory balloon with free page reporting, by which memory that the guest has freed goes back to the

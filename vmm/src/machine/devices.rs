@@ -1,6 +1,7 @@
 //! The virtio devices of a machine, and the order in which its guest counts them.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use devices::disk::Disk;
 use devices::virtio::VirtioDevice;
@@ -10,6 +11,7 @@ use devices::virtio::net::Net;
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::{GUEST_CID, Vsock};
 use event_manager::MutEventSubscriber;
+use tempfile::TempDir;
 
 use super::builder::Nic;
 use super::error::BuildError;
@@ -25,6 +27,8 @@ pub(super) struct Devices {
     pub(super) disks: Vec<Disk>,
     /// The Unix socket of the virtio-vsock device.
     pub(super) vsock: Option<PathBuf>,
+    /// The folder of that socket, if it is the machine's own.
+    pub(super) vsock_folder: Option<Arc<TempDir>>,
     pub(super) others: Vec<(Box<dyn VirtioDevice>, Worker)>,
     pub(super) balloon: bool,
     pub(super) entropy: bool,
