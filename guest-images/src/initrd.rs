@@ -58,6 +58,14 @@ pub enum Console {
 }
 
 /// What one boot is to do. The default is a login shell on a terminal.
+///
+/// ```
+/// use guest_images::initrd::{Request, with_request};
+///
+/// let request = Request { argv: vec!["ls".into(), "/my files".into()], ..Request::default() };
+/// let initrd = with_request(b"070701 an archive of the image's", &request)?;
+/// # Ok::<(), guest_images::initrd::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Request {
     /// The command: its name (looked up in PATH) and its arguments; empty for a login shell.

@@ -7,6 +7,18 @@
 ///
 /// Contract: `step` opens a step and closes the one before it; `bytes` only comes inside a step and its
 /// `done` never falls within one; `done` comes last and only when the whole work succeeded.
+///
+/// ```
+/// use guest_images::Progress;
+///
+/// struct Lines;
+///
+/// impl Progress for Lines {
+///     fn step(&mut self, what: &str) {
+///         println!("{what}…");
+///     }
+/// }
+/// ```
 pub trait Progress {
     /// A step starts: `what` is a short phrase such as `downloading 2 packages`.
     fn step(&mut self, what: &str) {

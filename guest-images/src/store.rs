@@ -118,6 +118,15 @@ pub fn cache_dir() -> Result<PathBuf, Error> {
 }
 
 /// A built image.
+///
+/// ```no_run
+/// use guest_images::Store;
+///
+/// let image = Store::open_default()?.get("debian")?;
+/// image.verify()?;
+/// println!("{} boots {}", image.manifest.name, image.kernel.display());
+/// # Ok::<(), guest_images::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
     /// The kernel's path.
@@ -212,6 +221,15 @@ impl Image {
 }
 
 /// How an image is built.
+///
+/// ```no_run
+/// use guest_images::deb::Suite;
+/// use guest_images::{BuildOptions, Silent, Store};
+///
+/// let options = BuildOptions { suite: Some(Suite::Bookworm), modules: vec!["btrfs".into()], ..BuildOptions::default() };
+/// let image = Store::open_default()?.build("debian", &options, &mut Silent)?;
+/// # Ok::<(), guest_images::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct BuildOptions {
     /// The Debian suite; `None` for the one that the image was last built from, else the host's (bookworm on a host that is not Debian).
@@ -223,6 +241,18 @@ pub struct BuildOptions {
 }
 
 /// The store.
+///
+/// ```no_run
+/// use guest_images::{BuildOptions, Error, Silent, Store};
+///
+/// let store = Store::open_default()?;
+/// let image = match store.get("debian") {
+///     // Downloads some 100 MB the first time; needs no root.
+///     Err(Error::NotBuilt { .. }) => store.build("debian", &BuildOptions::default(), &mut Silent)?,
+///     image => image?,
+/// };
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Store {
     cache: PathBuf,

@@ -5,6 +5,15 @@ use std::fmt;
 use std::str::FromStr;
 
 /// An Ethernet (MAC) address.
+///
+/// ```
+/// use net::MacAddr;
+///
+/// let mac = MacAddr::for_name("network", "vm1");
+/// assert!(mac.to_string().starts_with("52:54:00:"));
+/// assert_eq!(mac.to_string().parse(), Ok(mac));
+/// assert_eq!(mac, MacAddr::for_name("network", "vm1"), "stable, and so is the lease");
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MacAddr(pub [u8; 6]);
 

@@ -34,6 +34,16 @@ const LINKTYPE_ETHERNET: u32 = 1;
 const BUFFER: usize = 128 << 10;
 
 /// A port whose frames are captured. See the module.
+///
+/// ```
+/// use net::nat::{Nat, NatConfig};
+/// use net::pcap::{PcapPort, SNAPLEN_ALL};
+///
+/// # let folder = tempfile::tempdir()?;
+/// let nat = Nat::new(NatConfig::on_free_subnet()?)?;
+/// let port = PcapPort::create(nat, &folder.path().join("vm1.pcap"), SNAPLEN_ALL)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct PcapPort<P> {
     port: P,
     capture: Capture,

@@ -264,6 +264,81 @@ impl Counters {
 }
 
 /// A place where a NIC's frames go to and come from. See the module's contract.
+///
+/// ```
+/// use std::io::{self, ErrorKind};
+/// use std::os::fd::{AsFd, BorrowedFd};
+/// use std::os::unix::net::UnixDatagram;
+///
+/// use net::{Counters, DropReason, FramePort, Lent, Offloads, Received, RxRing, Sent, TxFrame, VnetHdr};
+///
+/// /// A wire: each frame is a datagram. Without offloads, frames have at most the MTU and complete checksums.
+/// struct Wire {
+///     socket: UnixDatagram,
+///     counters: Counters,
+/// }
+///
+/// const FRAME: usize = 1514;
+///
+/// impl AsFd for Wire {
+///     fn as_fd(&self) -> BorrowedFd<'_> {
+///         self.socket.as_fd()
+///     }
+/// }
+///
+/// impl FramePort for Wire {
+///     fn offloads(&self) -> Offloads {
+///         Offloads::empty()
+///     }
+///
+///     fn set_offloads(&mut self, _: Offloads) -> io::Result<()> {
+///         Ok(())
+///     }
+///
+///     fn mtu(&self) -> u16 {
+///         1500
+///     }
+///
+///     fn send(&mut self, frame: &TxFrame<'_>) -> Sent {
+///         let mut bytes = [0; FRAME];
+///         let len = frame.copy_out(0, &mut bytes);
+///         match self.socket.send(&bytes[..len]) {
+///             Ok(_) => Sent::Taken,
+///             Err(e) if e.kind() == ErrorKind::WouldBlock => Sent::Full,
+///             Err(e) => {
+///                 self.counters.drop_frame(DropReason::HostSocket, || e.to_string());
+///                 Sent::Dropped(DropReason::HostSocket)
+///             }
+///         }
+///     }
+///
+///     fn recv(&mut self, ring: &mut dyn RxRing) -> Received {
+///         let mut bytes = [0; FRAME];
+///         // The frame stays in the socket until the guest has room for it.
+///         for _ in 0..64 {
+///             let Lent::Buffers(room) = ring.lend(FRAME, FRAME) else { return Received::RingFull };
+///             let Ok(len) = self.socket.recv(&mut bytes) else { return Received::Drained };
+///             let mut rest = &bytes[..len];
+///             for part in room {
+///                 let (now, later) = rest.split_at(rest.len().min(part.len()));
+///                 part.copy_from(now);
+///                 rest = later;
+///             }
+///             ring.commit(VnetHdr::default(), len);
+///         }
+///         Received::Again
+///     }
+///
+///     fn counters(&self) -> Counters {
+///         self.counters.clone()
+///     }
+/// }
+///
+/// let (ours, theirs) = UnixDatagram::pair()?;
+/// ours.set_nonblocking(true)?;
+/// let port: Box<dyn FramePort> = Box::new(Wire { socket: ours, counters: Counters::default() });
+/// # Ok::<(), io::Error>(())
+/// ```
 pub trait FramePort: AsFd + Send {
     /// What the port can take over from the guest in `send`, and may itself ask of the guest in `recv`.
     fn offloads(&self) -> Offloads;

@@ -96,6 +96,19 @@ pub struct Station {
 }
 
 /// A switch; clones are handles to the same one. It lives as long as a handle or a port does.
+///
+/// ```
+/// use net::MacAddr;
+/// use net::switch::{PlugError, Switch};
+///
+/// let switch = Switch::new();
+/// let mac = MacAddr::for_name("network", "vm1");
+/// let port = switch.plug(Some(mac))?;
+/// assert!(matches!(switch.plug(Some(mac)), Err(PlugError::InUse(_))));
+/// drop(port); // the machine has ended
+/// switch.plug(Some(mac))?;
+/// # Ok::<(), PlugError>(())
+/// ```
 #[derive(Clone)]
 pub struct Switch(Arc<Shared>);
 

@@ -34,6 +34,18 @@ use net::{FramePort, MacAddr};
 use crate::machine::Nic;
 
 /// Why there is no network, or no interface on it.
+///
+/// ```
+/// use net::nat::{NatConfig, NatError, Publish};
+/// use vmm::network::{Network, NetworkError};
+///
+/// let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
+/// let publish = vec![Publish::tcp(taken.local_addr()?.port(), 80)];
+/// let refused = Network::nat(NatConfig { publish, ..NatConfig::default() }).err().expect("the port is in use");
+/// assert!(matches!(refused, NetworkError::Nat(NatError::PortInUse { .. })));
+/// println!("{refused}"); // says which port, and what to do
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
     /// The NAT.

@@ -19,6 +19,22 @@ const MAX_CONNECTIONS: usize = 64;
 const IDLE: Duration = Duration::from_secs(20);
 
 /// The servers, until it is dropped.
+///
+/// ```
+/// use std::io::{Read, Write};
+/// use std::net::{Ipv4Addr, Shutdown, TcpStream};
+///
+/// use vmm::world::World;
+///
+/// let world = World::start(Ipv4Addr::new(192, 168, 122, 1))?;
+/// let mut stream = TcpStream::connect(world.tcp_echo)?;
+/// stream.write_all(b"hello")?;
+/// stream.shutdown(Shutdown::Write)?;
+/// let mut back = String::new();
+/// stream.read_to_string(&mut back)?;
+/// assert_eq!(back, "hello");
+/// # Ok::<(), std::io::Error>(())
+/// ```
 pub struct World {
     /// Echoes TCP streams.
     pub tcp_echo: SocketAddr,

@@ -8,6 +8,18 @@ use super::SECTOR;
 use super::format::Format;
 
 /// Why an image can't be a disk.
+///
+/// ```
+/// use devices::disk::{Disk, DiskError, DiskMode};
+///
+/// # let folder = tempfile::tempdir()?;
+/// let image = folder.path().join("disk.qcow2");
+/// std::fs::write(&image, [&b"QFI\xfb"[..], &[0; 508]].concat())?;
+/// let refused = Disk::open(&image, DiskMode::ReadOnly).err().expect("it is no raw image");
+/// assert!(matches!(refused, DiskError::Format { .. }));
+/// assert!(refused.to_string().contains("qemu-img convert"));
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     /// Missing, not permitted, or unreadable.

@@ -71,6 +71,47 @@ pub enum Access {
 /// Where a disk's bytes are: blocking calls, from any thread, any number at a time.
 ///
 /// Ranges lie within [`Self::bytes`]; the caller has checked. Requests that overlap in time and place may be done in any order.
+///
+/// ```
+/// use std::io;
+/// use std::sync::Arc;
+///
+/// use devices::disk::{Disk, GuestBuffers, Storage};
+///
+/// /// An image that this program carries.
+/// struct Carried(&'static [u8]);
+///
+/// impl Storage for Carried {
+///     fn bytes(&self) -> u64 {
+///         self.0.len() as u64
+///     }
+///
+///     fn read(&self, buffers: &GuestBuffers, at: u64) -> io::Result<usize> {
+///         let at = usize::try_from(at).map_err(io::Error::other)?;
+///         Ok(buffers.put(&self.0[at..]))
+///     }
+///
+///     fn write(&self, _: &GuestBuffers, _: u64, _: bool) -> io::Result<usize> {
+///         Err(io::ErrorKind::ReadOnlyFilesystem.into())
+///     }
+///
+///     fn flush(&self) -> io::Result<()> {
+///         Ok(())
+///     }
+///
+///     fn discard(&self, _: u64, _: u64) -> io::Result<()> {
+///         Ok(())
+///     }
+///
+///     fn zero(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+///         Err(io::ErrorKind::ReadOnlyFilesystem.into())
+///     }
+/// }
+///
+/// static IMAGE: [u8; 1 << 20] = [0; 1 << 20];
+/// let disk = Disk::with_storage(Arc::new(Carried(&IMAGE)), true);
+/// assert_eq!((disk.bytes(), disk.read_only()), (1 << 20, true));
+/// ```
 pub trait Storage: Send + Sync {
     /// Size of the disk in bytes, a multiple of [`SECTOR`]; never changes.
     fn bytes(&self) -> u64;
@@ -121,6 +162,17 @@ pub trait Storage: Send + Sync {
 }
 
 /// How an image is used.
+///
+/// ```
+/// use devices::disk::{Disk, DiskMode};
+///
+/// # let folder = tempfile::tempdir()?;
+/// # let base = folder.path().join("base.img");
+/// # std::fs::write(&base, [0; 4096])?;
+/// // Any number of machines on one base, each with what it wrote itself.
+/// let disks = [Disk::open(&base, DiskMode::Overlay)?, Disk::open(&base, DiskMode::Overlay)?];
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DiskMode {
     /// The guest writes to the image; nobody else uses it meanwhile.

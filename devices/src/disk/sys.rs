@@ -140,6 +140,18 @@ impl GuestBuffers {
         done
     }
 
+    /// Copies as much of the front as there is room for to `bytes`, and says how much.
+    pub fn take(&self, bytes: &mut [u8]) -> usize {
+        let mut done = 0;
+        for entry in self.iovecs() {
+            let rest = bytes.get_mut(done..).unwrap_or_default();
+            // SAFETY: as in `put`.
+            let piece = unsafe { VolatileSlice::new(entry.iov_base.cast(), entry.iov_len) };
+            done += piece.copy_to(rest);
+        }
+        done
+    }
+
     /// The memory in which the pieces lie.
     pub fn memory(&self) -> &Arc<GuestMemoryMmap<()>> {
         &self.memory

@@ -131,3 +131,19 @@ fn zeroing_touches_nothing_beside_its_range() {
     assert!(bytes[..100].iter().chain(&bytes[5100..]).all(|byte| *byte == 7));
     assert!(bytes[100..5100].iter().all(|byte| *byte == 0));
 }
+
+#[test]
+fn bytes_go_from_a_program_to_scattered_guest_memory_and_back() {
+    use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+    let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap());
+    let slices = [(0x800, 3), (0x100, 4)].map(|(at, len)| memory.get_slice(GuestAddress(at), len).unwrap());
+    let mut buffers = GuestBuffers::new(&memory, &slices).unwrap();
+    assert_eq!(buffers.put(b"abcdefghij"), 7, "there is no more room");
+    let mut back = [0; 10];
+    assert_eq!((buffers.take(&mut back), &back), (7, b"abcdefg\0\0\0"));
+    // A short transfer goes on where it stopped.
+    buffers.advance(2);
+    assert_eq!((buffers.take(&mut back[..4]), &back[..4]), (4, &b"cdef"[..]));
+    assert_eq!(buffers.take(&mut []), 0);
+}

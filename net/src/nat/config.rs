@@ -17,6 +17,18 @@ use crate::MacAddr;
 pub const MTU_RANGE: std::ops::RangeInclusive<u16> = 576..=65_520;
 
 /// How to make a [`Nat`](super::Nat). `Default` is libvirt's virbr0.
+///
+/// ```
+/// use net::MacAddr;
+/// use net::nat::{Nat, NatConfig, Publish, Reservation};
+///
+/// let mut config = NatConfig { publish: vec![Publish::tcp(0, 80)], ..NatConfig::on_free_subnet()? };
+/// let (mac, addr) = (MacAddr::for_name("network", "web"), config.subnet.host(80));
+/// config.reservations.push(Reservation { mac, addr, name: Some("web".to_owned()) });
+/// let mut nat = Nat::new(config)?;
+/// println!("port 80 of the guest is {}", nat.published()[0].1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct NatConfig {
     /// The guests' subnet; its first address is the gateway.
@@ -132,6 +144,15 @@ pub struct Reservation {
 }
 
 /// An IPv4 subnet, such as 192.168.122.0/24.
+///
+/// ```
+/// use net::nat::Subnet;
+///
+/// let subnet: Subnet = "10.9.0.0/24".parse()?;
+/// assert_eq!(subnet.host(1).to_string(), "10.9.0.1", "the gateway");
+/// assert!(subnet.is_guest([10, 9, 0, 2].into()));
+/// # Ok::<(), net::nat::BadSubnet>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Subnet {
     network: Ipv4Addr,
@@ -238,6 +259,14 @@ pub enum PublishTo {
 }
 
 /// A host port that leads to a port of a guest: `[addr:]host:guest[/tcp|/udp]`.
+///
+/// ```
+/// use net::nat::Publish;
+///
+/// assert_eq!(Publish::tcp(8080, 80), "8080:80".parse()?);
+/// assert_eq!(Publish::udp(0, 53).to_string(), "127.0.0.1:0:53/udp");
+/// # Ok::<(), net::nat::BadPublish>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Publish {
     /// Where the host listens: 127.0.0.1 unless asked otherwise.

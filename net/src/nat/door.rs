@@ -87,6 +87,23 @@ impl Shared {
 }
 
 /// Reaches into a network that is in use elsewhere. See the module's documentation.
+///
+/// ```
+/// use std::os::unix::net::UnixStream;
+///
+/// use net::nat::{ConnectError, Nat, NatConfig};
+///
+/// let mut nat = Nat::new(NatConfig::on_free_subnet()?)?;
+/// let handle = nat.handle()?;
+/// let (ours, theirs) = UnixStream::pair()?;
+/// // `ours` is a TCP stream to port 22 of the guest, as soon as there is one.
+/// handle.connect(None, 22, theirs.into())?;
+/// // The handle outlives the network, and says so.
+/// drop(nat);
+/// let refused = handle.connect(None, 22, UnixStream::pair()?.0.into());
+/// assert!(matches!(refused, Err(ConnectError::Ended)));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct NatHandle(Arc<Shared>);
 

@@ -88,6 +88,16 @@ const ETHERTYPE_ARP: u16 = 0x0806;
 const MAX_POLLS: usize = 4;
 
 /// The network. See the module's documentation.
+///
+/// ```
+/// use net::FramePort;
+/// use net::nat::{Nat, NatConfig};
+///
+/// // What a NIC is plugged into; vmm::network::Network is the comfortable way to one.
+/// let nat = Nat::new(NatConfig::on_free_subnet()?)?;
+/// assert_eq!((nat.mtu(), nat.leases().len()), (1500, 0));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Nat {
     shared: Shared,
     arp: Arp,

@@ -54,6 +54,17 @@ pub const BYTES_PER_TURN: usize = 4 << 20;
 const TAG_LEN: usize = 4;
 
 /// A TAP interface, ready to use. See the module.
+///
+/// ```no_run
+/// use net::tap::{TapName, TapPort};
+///
+/// let tap = TapPort::open(&TapName::default(), Some("br0"))?;
+/// println!("{} is a port of br0", tap.name());
+/// // Or one that a privileged launcher has opened:
+/// # let fd: std::os::fd::OwnedFd = std::fs::File::open("/dev/net/tun").unwrap().into();
+/// let tap = TapPort::from_fd(fd)?;
+/// # Ok::<(), net::tap::TapError>(())
+/// ```
 #[derive(Debug)]
 pub struct TapPort {
     fd: OwnedFd,

@@ -28,7 +28,6 @@ type Connect = dyn Fn() -> io::Result<OwnedFd> + Send + Sync;
 /// The agent of one machine. Cheap to clone; every call makes a connection of its own.
 ///
 /// ```no_run
-/// use std::path::Path;
 /// use std::time::Duration;
 ///
 /// use vmm::agent::Command;
@@ -40,7 +39,7 @@ type Connect = dyn Fn() -> io::Result<OwnedFd> + Send + Sync;
 /// let machine = builder.build()?.start()?;
 ///
 /// agent.wait_until_ready(Duration::from_secs(60))?;
-/// agent.put(Path::new("input.csv"), Path::new("/root/input.csv"))?;
+/// agent.put("input.csv", "/root/input.csv")?;
 /// let output = agent.output(Command::new("wc").arg("-l").arg("/root/input.csv"), 4096)?;
 /// assert!(output.status.success());
 /// agent.power_off()?;

@@ -13,6 +13,17 @@ use super::tree::{Problem, Receiver, Sender, Totals, Trail};
 use super::wire::{Encoder, Kind, MAX_REQUEST, Put};
 
 /// What was copied.
+///
+/// ```no_run
+/// # let agent = vmm::agent::Client::vsock("vsock.sock");
+/// // A folder's content, of at most 1 GiB: a guest must not fill this host's disk.
+/// let copied = agent.get("/root/results/.", "results", 1 << 30)?;
+/// println!("{} files, {} bytes", copied.files, copied.bytes);
+/// for (path, why) in &copied.left_out_names {
+///     println!("without {path}: {why}");
+/// }
+/// # Ok::<(), vmm::agent::AgentError>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Copied {
     /// Regular files.
@@ -57,7 +68,8 @@ impl Client {
     ///
     /// # Errors
     /// [`AgentError`]; what came before the error is there.
-    pub fn put(&self, source: &Path, destination: &Path) -> Result<Copied, AgentError> {
+    pub fn put(&self, source: impl AsRef<Path>, destination: impl AsRef<Path>) -> Result<Copied, AgentError> {
+        let (source, destination) = (source.as_ref(), destination.as_ref());
         let path = c_string(source)?;
         let name = name_of(source).unwrap_or_default().as_bytes();
         self.put_with(destination, name, |sender| {
@@ -110,7 +122,13 @@ impl Client {
     ///
     /// # Errors
     /// [`AgentError`]; what came before the error is there.
-    pub fn get(&self, source: &Path, destination: &Path, limit: u64) -> Result<Copied, AgentError> {
+    pub fn get(
+        &self,
+        source: impl AsRef<Path>,
+        destination: impl AsRef<Path>,
+        limit: u64,
+    ) -> Result<Copied, AgentError> {
+        let (source, destination) = (source.as_ref(), destination.as_ref());
         let place = match name_of(source) {
             Some(name) if destination.is_dir() => destination.join(name),
             _ => destination.to_path_buf(),

@@ -6,6 +6,13 @@ use std::path::PathBuf;
 use super::wire;
 
 /// Why the agent did not do it.
+///
+/// ```
+/// use vmm::agent::{AgentError, Client};
+///
+/// let nobody = Client::vsock("/nonexistent/vsock.sock").ping();
+/// assert!(matches!(nobody, Err(AgentError::Connect { .. })));
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
     /// The machine's socket is not there, or nobody serves it.

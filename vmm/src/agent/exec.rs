@@ -115,6 +115,15 @@ impl Command {
 }
 
 /// How a command ended.
+///
+/// ```no_run
+/// # use vmm::agent::{Client, Command};
+/// # let agent = Client::vsock("vsock.sock");
+/// let status = agent.output(Command::new("sh").arg("-c").arg("kill -9 $$"), 4096)?.status;
+/// // As a shell has it.
+/// assert_eq!((status.success(), status.code(), status.signal()), (false, 137, Some(9)));
+/// # Ok::<(), vmm::agent::AgentError>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct ExitStatus(Exit);
 

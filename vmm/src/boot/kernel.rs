@@ -12,6 +12,13 @@ use super::{BzImageError, ElfError, Loaded, bzimage, elf};
 use crate::memory::GuestMemory;
 
 /// Bytes of a kernel or an initrd: a file, read straight into guest memory, or bytes that the program carries.
+///
+/// ```
+/// use vmm::boot::Kernel;
+///
+/// let file: Kernel = "/boot/vmlinuz".into();
+/// let carried = Kernel::Bytes(vmm::guest_images::PROBE.into());
+/// ```
 #[derive(Clone, Debug)]
 pub enum Kernel {
     /// A file.

@@ -25,6 +25,15 @@ impl Key {
 }
 
 /// Finds Ctrl-A x in what is typed, and Ctrl-A d where one can leave.
+///
+/// ```
+/// use vmm::console::{Escape, Key};
+///
+/// let mut escape = Escape::attached();
+/// assert_eq!(escape.key(b'l').bytes(), b"l");
+/// assert_eq!(escape.key(0x01).bytes(), b""); // Ctrl-A: the next key tells
+/// assert_eq!(escape.key(b'd'), Key::Detach);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Escape {
     after_prefix: bool,

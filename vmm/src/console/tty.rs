@@ -28,6 +28,26 @@ pub enum TtyError {
 /// It is also put back when the process exits, and by those fatal signals that nobody handled when the guard was made
 /// (a panic that aborts included). A program that handles signals itself installs its handlers before. One
 /// terminal per process at a time.
+///
+/// ```no_run
+/// use std::os::fd::AsFd;
+///
+/// use vmm::console::RawMode;
+/// use vmm::machine::Machine;
+///
+/// let machine = Machine::builder()
+///     .kernel("vmlinuz")
+///     .serial_input(std::io::stdin().as_fd().try_clone_to_owned()?)
+///     .serial_output(std::io::stdout())
+///     .console_escape(true)
+///     .build()?;
+/// // None where standard input is no terminal: a pipe serves as well.
+/// let terminal = RawMode::enter(std::io::stdin())?;
+/// let reason = machine.start()?.wait();
+/// drop(terminal);
+/// println!("{reason}");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct RawMode {
     fd: OwnedFd,

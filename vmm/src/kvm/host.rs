@@ -46,6 +46,16 @@ pub enum Accel {
 }
 
 /// What kind of KVM there is.
+///
+/// ```
+/// use vmm::kvm::{Host, KvmKind};
+///
+/// match Host::kind() {
+///     KvmKind::Hardware(accel) => println!("every guest runs here ({accel:?})"),
+///     KvmKind::Software(how) => println!("bare-metal guests run here; Linux in vmm::lab ({how})"),
+///     KvmKind::Absent(advice) | KvmKind::Forbidden(advice) => println!("{advice}"),
+/// }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KvmKind {
     /// Hardware virtualization: every guest runs.
@@ -72,6 +82,14 @@ impl KvmKind {
 }
 
 /// This host's KVM, described.
+///
+/// ```
+/// use vmm::kvm::Host;
+///
+/// let host = Host::probe();
+/// assert_eq!(host.kind.is_usable(), host.api_version.is_some());
+/// println!("machines of up to {} vCPUs; {} capabilities are missing", host.max_cpus, host.missing.len());
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Host {
     /// What kind it is.

@@ -139,6 +139,17 @@ pub enum DiskAccess {
 }
 
 /// One command in the lab.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use vmm::lab::Run;
+///
+/// let mut run = Run::new(["/lab/test", "--all"]);
+/// run.put.push(("target/debug/test".into(), "/lab/test".into()));
+/// run.get.push(("/lab/report.xml".into(), "report.xml".into()));
+/// run.timeout = Some(Duration::from_secs(60));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Run {
     /// Program and arguments, any bytes but NUL.
@@ -234,6 +245,17 @@ pub fn run(options: &RunOptions, progress: &mut dyn Progress) -> Result<ExitStat
 }
 
 /// An outer machine that is ready to be resumed, any number of times.
+///
+/// ```no_run
+/// use guest_images::Silent;
+/// use vmm::lab::{Config, Lab, Run, default_cache};
+///
+/// // A minute and some downloads the first time, a third of a second later.
+/// let mut lab = Lab::prepare(&Config::new(default_cache().expect("HOME is set")), &mut Silent)?;
+/// let output = lab.output(&Run::new(["sh", "-c", "ls -l /dev/kvm"]))?;
+/// assert_eq!(output.status.code, 0);
+/// # Ok::<(), vmm::lab::LabError>(())
+/// ```
 #[derive(Debug)]
 pub struct Lab {
     config: Config,

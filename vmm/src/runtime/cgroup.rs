@@ -58,6 +58,14 @@ pub enum CgroupError {
 }
 
 /// A cgroup with this process in it.
+///
+/// ```no_run
+/// # use vmm::runtime::{CpuGroup, CpuLimits, MachineName};
+/// let group = CpuGroup::enter(&MachineName::numbered(1), CpuLimits { millis: None, weight: Some(50) })?;
+/// println!("{}", group.path().display());
+/// drop(group); // this process is where it was, and the group is gone
+/// # Ok::<(), vmm::runtime::CgroupError>(())
+/// ```
 #[derive(Debug)]
 pub struct CpuGroup {
     path: PathBuf,

@@ -32,6 +32,17 @@ struct Shared {
 }
 
 /// The recent output. Clones are the same one.
+///
+/// ```
+/// use std::io::Write;
+///
+/// use vmm::runtime::Scrollback;
+///
+/// let scrollback = Scrollback::new()?;
+/// let mut console = scrollback.tee(Vec::new());
+/// console.write_all(b"what the guest says goes on, and is kept for those who attach")?;
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Scrollback(Arc<Shared>);
 

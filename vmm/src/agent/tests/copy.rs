@@ -76,16 +76,16 @@ fn awkward_tree(root: &Path) -> Vec<String> {
 fn a_tree_goes_there_and_back_unchanged() {
     let agent = Agent::start();
     let before = awkward_tree(&agent.path("tree"));
-    let there = agent.client.put(&agent.path("tree"), &agent.path("there")).unwrap();
+    let there = agent.client.put(agent.path("tree"), agent.path("there")).unwrap();
     assert_eq!(listing(&agent.path("there")), before);
     assert_eq!((there.files, there.folders, there.links, there.left_out), (11, 5, 4, 0));
-    let back = agent.client.get(&agent.path("there"), &agent.path("back"), NO_LIMIT).unwrap();
+    let back = agent.client.get(agent.path("there"), agent.path("back"), NO_LIMIT).unwrap();
     assert_eq!(listing(&agent.path("back")), before);
     assert_eq!(back, there);
     // Again over itself: what is there is replaced.
-    agent.client.put(&agent.path("tree"), &agent.path("there")).map(drop).unwrap();
+    agent.client.put(agent.path("tree"), agent.path("there")).map(drop).unwrap();
     assert_eq!(listing(&agent.path("there/tree")), before);
-    agent.client.put(&agent.path("tree/."), &agent.path("there")).map(drop).unwrap();
+    agent.client.put(agent.path("tree/."), agent.path("there")).map(drop).unwrap();
     fs::remove_dir_all(agent.path("there/tree")).unwrap();
     let same = |lines: Vec<String>| lines.into_iter().skip(1).collect::<Vec<_>>();
     assert_eq!(same(listing(&agent.path("there"))), same(before));
@@ -97,25 +97,25 @@ fn a_file_goes_into_a_folder_or_takes_a_name() {
     let file = agent.path("file");
     fs::write(&file, "content").unwrap();
     fs::create_dir(agent.path("folder")).unwrap();
-    agent.client.put(&file, &agent.path("folder")).unwrap();
-    agent.client.put(&file, &agent.path("folder/renamed")).unwrap();
+    agent.client.put(&file, agent.path("folder")).unwrap();
+    agent.client.put(&file, agent.path("folder/renamed")).unwrap();
     assert_eq!(fs::read(agent.path("folder/file")).unwrap(), b"content");
     assert_eq!(fs::read(agent.path("folder/renamed")).unwrap(), b"content");
     fs::create_dir(agent.path("out")).unwrap();
-    agent.client.get(&agent.path("folder/file"), &agent.path("out"), NO_LIMIT).unwrap();
-    agent.client.get(&agent.path("folder/file"), &agent.path("out/renamed"), NO_LIMIT).unwrap();
+    agent.client.get(agent.path("folder/file"), agent.path("out"), NO_LIMIT).unwrap();
+    agent.client.get(agent.path("folder/file"), agent.path("out/renamed"), NO_LIMIT).unwrap();
     assert_eq!(fs::read(agent.path("out/file")).unwrap(), b"content");
     assert_eq!(fs::read(agent.path("out/renamed")).unwrap(), b"content");
     // A link that the user names is what it leads to.
     symlink("file", agent.path("link")).unwrap();
-    agent.client.get(&agent.path("link"), &agent.path("out/of-link"), NO_LIMIT).unwrap();
+    agent.client.get(agent.path("link"), agent.path("out/of-link"), NO_LIMIT).unwrap();
     assert!(fs::symlink_metadata(agent.path("out/of-link")).unwrap().is_file());
 }
 
 #[test]
 fn files_without_a_length_and_streams_are_copied_to_their_end() {
     let agent = Agent::start();
-    agent.client.get(Path::new("/proc/version"), &agent.path("version"), NO_LIMIT).unwrap();
+    agent.client.get(Path::new("/proc/version"), agent.path("version"), NO_LIMIT).unwrap();
     assert!(fs::read_to_string(agent.path("version")).unwrap().starts_with("Linux"));
     let (read, mut write) = std::io::pipe().unwrap();
     let writer = std::thread::spawn(move || write.write_all(&[5; 300_000]).unwrap());
@@ -143,9 +143,9 @@ fn what_is_there_is_replaced_and_never_written_through() {
     symlink(agent.path("victim"), agent.path("there/name")).unwrap();
     for into_the_machine in [true, false] {
         if into_the_machine {
-            agent.client.put(&agent.path("tree/."), &agent.path("there")).unwrap();
+            agent.client.put(agent.path("tree/."), agent.path("there")).unwrap();
         } else {
-            agent.client.get(&agent.path("tree/."), &agent.path("there"), NO_LIMIT).unwrap();
+            agent.client.get(agent.path("tree/."), agent.path("there"), NO_LIMIT).unwrap();
         }
         assert_eq!(fs::read(agent.path("victim")).unwrap(), b"untouched");
         assert_eq!(fs::read(agent.path("there/name")).unwrap(), b"new");
@@ -155,7 +155,7 @@ fn what_is_there_is_replaced_and_never_written_through() {
     // A folder that is a link here is not entered.
     fs::remove_dir(agent.path("there/sub")).unwrap();
     symlink(agent.dir.path(), agent.path("there/sub")).unwrap();
-    let error = agent.client.get(&agent.path("tree/."), &agent.path("there"), NO_LIMIT).unwrap_err();
+    let error = agent.client.get(agent.path("tree/."), agent.path("there"), NO_LIMIT).unwrap_err();
     assert!(matches!(error, AgentError::Local { .. }), "{error}");
     assert!(error.to_string().contains("there/sub"), "{error}");
 }
@@ -167,33 +167,33 @@ fn what_can_not_be_carried_is_named() {
     fs::write(agent.path("tree/kept"), "kept").unwrap();
     let _socket = std::os::unix::net::UnixListener::bind(agent.path("tree/socket")).unwrap();
     for copied in [
-        agent.client.get(&agent.path("tree"), &agent.path("got"), NO_LIMIT).unwrap(),
-        agent.client.put(&agent.path("tree"), &agent.path("put")).unwrap(),
+        agent.client.get(agent.path("tree"), agent.path("got"), NO_LIMIT).unwrap(),
+        agent.client.put(agent.path("tree"), agent.path("put")).unwrap(),
     ] {
         assert_eq!((copied.files, copied.left_out), (1, 1));
         assert_eq!(copied.left_out_names, [("socket".to_owned(), "it is a socket".to_owned())]);
     }
     assert!(agent.path("got/kept").exists() && agent.path("put/kept").exists());
-    let error = agent.client.get(Path::new("/dev/null"), &agent.path("null"), NO_LIMIT).unwrap_err();
+    let error = agent.client.get(Path::new("/dev/null"), agent.path("null"), NO_LIMIT).unwrap_err();
     assert!(error.to_string().contains("/dev/null: it is neither a file nor a folder"), "{error}");
 }
 
 #[test]
 fn errors_name_the_side_and_the_path() {
     let agent = Agent::start();
-    let error = agent.client.get(Path::new("/no/such"), &agent.path("x"), NO_LIMIT).unwrap_err();
+    let error = agent.client.get(Path::new("/no/such"), agent.path("x"), NO_LIMIT).unwrap_err();
     assert!(error.to_string().starts_with("in the machine: find /no/such: No such file"), "{error}");
-    let error = agent.client.put(Path::new("/no/such"), &agent.path("x")).unwrap_err();
+    let error = agent.client.put(Path::new("/no/such"), agent.path("x")).unwrap_err();
     assert!(error.to_string().starts_with("could not find /no/such: No such file"), "{error}");
     fs::write(agent.path("file"), vec![0; 10_000_000]).unwrap();
-    let error = agent.client.put(&agent.path("file"), Path::new("/no/such/place")).unwrap_err();
+    let error = agent.client.put(agent.path("file"), Path::new("/no/such/place")).unwrap_err();
     assert!(error.to_string().starts_with("in the machine: make /no/such/place: No such file"), "{error}");
     // Midway: the agent says so while the host still sends.
-    let error = agent.client.put(&agent.path("file"), Path::new("/dev/full")).unwrap_err();
+    let error = agent.client.put(agent.path("file"), Path::new("/dev/full")).unwrap_err();
     assert!(error.to_string().starts_with("in the machine: write /dev/full: No space left"), "{error}");
-    let error = agent.client.get(&agent.path("file"), Path::new("/dev/full"), NO_LIMIT).unwrap_err();
+    let error = agent.client.get(agent.path("file"), Path::new("/dev/full"), NO_LIMIT).unwrap_err();
     assert!(error.to_string().starts_with("could not write /dev/full: No space left"), "{error}");
-    let error = agent.client.get(&agent.path("file"), &agent.path("limited"), 9_999_999).unwrap_err();
+    let error = agent.client.get(agent.path("file"), agent.path("limited"), 9_999_999).unwrap_err();
     assert!(error.to_string().contains("larger than the limit"), "{error}");
 }
 
@@ -202,12 +202,12 @@ fn folders_are_carried_as_deep_as_the_limit_and_no_deeper() {
     let agent = Agent::start();
     let deep = |levels: usize| agent.path("deep").join("d/".repeat(levels));
     fs::create_dir_all(deep(127)).unwrap();
-    agent.client.put(&agent.path("deep"), &agent.path("there")).unwrap();
-    agent.client.get(&agent.path("there"), &agent.path("back"), NO_LIMIT).unwrap();
+    agent.client.put(agent.path("deep"), agent.path("there")).unwrap();
+    agent.client.get(agent.path("there"), agent.path("back"), NO_LIMIT).unwrap();
     assert!(agent.path("back").join("d/".repeat(127)).is_dir());
     fs::create_dir_all(deep(128)).unwrap();
-    let error = agent.client.put(&agent.path("deep"), &agent.path("again")).unwrap_err();
+    let error = agent.client.put(agent.path("deep"), agent.path("again")).unwrap_err();
     assert!(error.to_string().contains("more than 128 folders"), "{error}");
-    let error = agent.client.get(&agent.path("deep"), &agent.path("once-more"), NO_LIMIT).unwrap_err();
+    let error = agent.client.get(agent.path("deep"), agent.path("once-more"), NO_LIMIT).unwrap_err();
     assert!(error.to_string().contains("more than 128 folders"), "{error}");
 }

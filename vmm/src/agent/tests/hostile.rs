@@ -130,7 +130,7 @@ fn folder(name: &CStr, members: &[Vec<u8>]) -> Vec<u8> {
 /// What comes of getting this into `dir`/destination.
 fn get(frames: &[Vec<u8>], dir: &Path) -> Result<crate::agent::Copied, AgentError> {
     let client = liar([&[1][..], &frames.concat(), &frame(Kind::End, &[])].concat());
-    client.get(Path::new("/x/."), &dir.join("destination"), 1000)
+    client.get("/x/.", dir.join("destination"), 1000)
 }
 
 #[test]

@@ -62,6 +62,24 @@ impl Console {
 }
 
 /// The control socket of a machine that is yet to start.
+///
+/// ```no_run
+/// use net::nat::NatConfig;
+/// use vmm::machine::Machine;
+/// use vmm::network::Network;
+/// use vmm::runtime::control::{Client, Control};
+///
+/// let network = Network::nat(NatConfig::on_free_subnet()?)?;
+/// let mut control = Control::bind("control.sock".as_ref())?;
+/// if let Some(nat) = network.handle() {
+///     control = control.nat(nat.clone())?;
+/// }
+/// let builder = Machine::builder().kernel("vmlinuz").nic(network.nic("vm1")?);
+/// let machine = builder.worker(move |remote| control.serve(remote)).build()?.start()?;
+/// // Another process:
+/// Client::connect("control.sock".as_ref())?.power_button()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Control {
     listener: UnixListener,
     console: Option<Console>,
