@@ -12,7 +12,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use net::nat::{NatConfig, Publish};
-use pontoon_tests::{Pontoon, carry_images, debian_image, example, have_kvm, text};
+use pontoon_tests::{Pontoon, carry_images, debian_image, example, have_kvm, have_lab, text};
 use vmm::agent::{AgentError, Client, ExitStatus, Process};
 use vmm::boot::BootError;
 use vmm::devices::disk::{Disk, DiskError, DiskMode};
@@ -74,6 +74,37 @@ fn two_machines_of_one_process_ping_each_other_by_name() {
     let all = text(&output);
     assert_eq!(output.status.code(), Some(0), "{all}");
     assert!(all.contains(r#""received":3"#), "{all}");
+}
+
+#[test]
+fn a_kernel_boots_on_this_terminal_and_its_status_is_the_programs() {
+    if !have_kvm() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("the temporary directory is writable");
+    let kernel = folder.path().join("kernel");
+    fs::write(&kernel, guest_images::PROBE).expect("room for a kernel");
+    let output = Command::new(example("boot"))
+        .arg(&kernel)
+        .args(["--bare-metal", "--memory", "64", "--cmdline", "probe.do=stats"])
+        .output()
+        .expect("it was built");
+    let all = text(&output);
+    // The probe's status for want of a network.
+    assert_eq!(output.status.code(), Some(3), "{all}");
+    assert!(String::from_utf8_lossy(&output.stdout).contains(r#""reason":"no-nic""#), "{all}");
+}
+
+#[test]
+fn a_command_in_the_lab_has_this_programs_streams_and_gives_its_status() {
+    if !have_lab() {
+        return;
+    }
+    let words = ["--timeout", "100", "--", "sh", "-c", "echo out; echo bad >&2; exit 3"];
+    let output = Command::new(example("lab")).args(words).output().expect("it was built");
+    let all = text(&output);
+    assert_eq!(output.status.code(), Some(3), "{all}");
+    assert_eq!((output.stdout.as_slice(), all.contains("bad")), (&b"out\n"[..], true), "{all}");
 }
 
 #[test]

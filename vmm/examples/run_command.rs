@@ -20,6 +20,8 @@ const LIMIT: usize = 1 << 20;
 const BOOT: Duration = Duration::from_secs(60);
 
 fn main() -> Result<ExitCode> {
+    // What the library warns of, such as a host that runs no Linux guests.
+    tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_writer(io::stderr).init();
     let mut words = std::env::args().skip(1);
     let Some(program) = words.next() else { bail!("which command?") };
     let image = Store::open_default()?.get("debian")?;

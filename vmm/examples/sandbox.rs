@@ -18,6 +18,8 @@ use vmm::machine::{Guest, Machine};
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn main() -> Result<ExitCode> {
+    // What the library warns of, such as a host that runs no Linux guests.
+    tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_writer(io::stderr).init();
     let mut words = std::env::args().skip(1);
     let seconds: u64 = words.next().and_then(|word| word.parse().ok()).context("how many seconds?")?;
     let argv: Vec<String> = words.collect();

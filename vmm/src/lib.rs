@@ -20,6 +20,12 @@
 
 pub use {devices, event_manager, guest_images, net};
 
+/// The programs in the documents.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+#[doc = include_str!("../../docs/library.md")]
+struct Documents;
+
 pub mod acpi;
 pub mod agent;
 pub mod boot;

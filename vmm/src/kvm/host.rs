@@ -243,6 +243,11 @@ struct CpuFlags {
 impl CpuFlags {
     /// Those of the first processor; the others have the same, and on a host with hundreds all of them are a megabyte.
     fn of_host() -> Self {
+        static READ: OnceLock<CpuFlags> = OnceLock::new();
+        *READ.get_or_init(Self::read)
+    }
+
+    fn read() -> Self {
         // One entry takes 1.5 to 2.5 KB, and the kernel returns whole entries.
         let mut start = [0; 8192];
         let len = File::open("/proc/cpuinfo").and_then(|mut file| file.read(&mut start)).unwrap_or(0);
