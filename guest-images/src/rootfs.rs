@@ -154,6 +154,8 @@ pub enum KernelSource {
     Suite,
     /// The one of the suite's backports: 6.12 in bookworm-backports.
     Backports,
+    /// Both. The newer one boots; the other and its initrd are in the image's `/boot`, and so are its modules in `/lib`.
+    Both,
 }
 
 /// How an image with a disk is made.
@@ -225,7 +227,9 @@ impl Plan<'_> {
     /// A hash over everything that this program and the user put in.
     pub(crate) fn recipe(&self) -> String {
         let mut hash = Sha256::new();
-        for part in [self.script(""), self.suite.to_string(), self.includes(), self.options.size.to_string()]
+        let size = self.options.size.to_string();
+        let second = self.second_kernel();
+        for part in [self.script(""), self.suite.to_string(), self.includes(), size].into_iter().chain(second)
         {
             hash.update((part.len() as u64).to_le_bytes());
             hash.update(part);
@@ -237,11 +241,22 @@ impl Plan<'_> {
         script::script(uuid, self.authorized)
     }
 
+    fn kernel_of_backports(&self) -> String {
+        format!("{KERNEL}/{}-backports", self.suite)
+    }
+
+    /// A hook that installs the second kernel: the first one's package keeps its name, so that one request can't hold both.
+    fn second_kernel(&self) -> Option<String> {
+        let apt = "TMPDIR=\"$1/tmp\" APT_CONFIG=\"$MMDEBSTRAP_APT_CONFIG\" apt-get -oDPkg::Chroot-Directory=\"$1\" --yes -qq install";
+        (self.options.kernel == KernelSource::Both)
+            .then(|| format!("{apt} {} >&2", self.kernel_of_backports()))
+    }
+
     /// mmdebstrap's `--include`.
     fn includes(&self) -> String {
         let kernel = match self.options.kernel {
-            KernelSource::Suite => KERNEL.to_owned(),
-            KernelSource::Backports => format!("{KERNEL}/{}-backports", self.suite),
+            KernelSource::Suite | KernelSource::Both => KERNEL.to_owned(),
+            KernelSource::Backports => self.kernel_of_backports(),
         };
         let usual = PACKAGES.into_iter().map(str::to_owned);
         let all: Vec<_> = usual.chain(self.options.packages.iter().cloned()).chain([kernel]).collect();
@@ -286,7 +301,7 @@ impl Plan<'_> {
         progress: &mut dyn Progress,
     ) -> Result<(), Error> {
         progress.step(&format!("installing Debian ({}), which takes a minute or two", self.suite));
-        let backports = self.options.kernel == KernelSource::Backports;
+        let backports = self.options.kernel != KernelSource::Suite;
         let sources = deb::sources_of_host(self.suite, backports).map_err(|error| Error::Failed {
             action: "looking for Debian's archive",
             said: error.to_string(),
@@ -295,10 +310,13 @@ impl Plan<'_> {
         command.arg(format!("--mode={}", host.mode.name()));
         // What would be cleaned up is thrown away with the chroot; the image was made before.
         command.args(["--variant=minbase", "--format=null", "--skip=cleanup"]);
+        // Nobody needs a chroot that survives a power cut: it is not even kept.
+        command.arg("--dpkgopt=force-unsafe-io");
         command.arg(format!("--include={}", self.includes()));
         command.args(host.apt_options.iter().map(|option| format!("--aptopt={option}")));
         // Too big for an argument: mmdebstrap carries it in.
         fs::write(into.join(AGENT), crate::AGENT).map_err(io_error("write", into))?;
+        command.args(self.second_kernel().map(|hook| format!("--customize-hook={hook}")));
         command.arg(format!("--customize-hook=upload {AGENT} {AGENT_PATH}"));
         command.arg(format!("--customize-hook={}", self.script(uuid)));
         command.args([self.suite.name(), "/dev/null"]).args(sources.lines());

@@ -78,7 +78,7 @@ fn a_kernel_and_initrd_of_the_users_own_work_the_same() {
 }
 
 #[test]
-fn debian_13s_kernel_boots_as_debian_12s_does() {
+fn debian_13s_kernel_gets_a_lease_and_powers_off_as_debian_12s_does() {
     if !have_lab() {
         return;
     }
@@ -92,11 +92,14 @@ fn debian_13s_kernel_boots_as_debian_12s_does() {
     let words = ["run", "--accel", "lab", "--timeout", "120", "--kernel"].map(Into::into);
     let mut args: Vec<std::ffi::OsString> = words.to_vec();
     args.extend([image.kernel.into(), "--initrd".into(), image.initrd.into(), "--".into()]);
-    args.extend(["sh", "-c", "uname -r; ping -c 2 192.168.122.1; exit 9"].map(Into::into));
+    let script = "uname -r; ip -4 -o addr show eth0; ping -c 2 192.168.122.1; poweroff; sleep 60; exit 9";
+    args.extend(["sh", "-c", script].map(Into::into));
     let output = Pontoon::new(args).output();
     let all = text(&output);
-    assert_eq!(output.status.code(), Some(9), "{all}");
-    assert!(all.contains("6.12.") && all.contains("2 packets received"), "{all}");
+    assert_eq!(output.status.code(), Some(0), "{all}");
+    for fact in ["6.12.", "inet 192.168.122.", "2 packets received"] {
+        assert!(all.contains(fact), "'{fact}' is missing\n{all}");
+    }
 }
 
 #[test]

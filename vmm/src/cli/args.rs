@@ -244,7 +244,7 @@ pub(crate) struct RootfsArgs {
     #[arg(long = "name", value_name = "NAME")]
     pub(crate) name: Option<String>,
 
-    /// With --rootfs: the kernel, the suite's own or the one of its backports (6.12 for bookworm)
+    /// With --rootfs: the kernel, the suite's own or the one of its backports (6.12 for bookworm), or both
     #[arg(long = "kernel", value_enum, value_name = "KERNEL")]
     pub(crate) kernel: Option<KernelChoice>,
 
@@ -268,6 +268,8 @@ pub(crate) enum KernelChoice {
     Suite,
     /// The one of the suite's backports
     Backports,
+    /// Both; the newer one boots, the other is in the image's /boot
+    Both,
 }
 
 #[derive(Debug, Subcommand)]

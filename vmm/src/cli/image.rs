@@ -55,9 +55,11 @@ fn build(store: &Store, args: &ImageBuildArgs) -> Result<Image, Failure> {
     if let Some(size) = args.disk.size {
         options.size = size.0;
     }
-    if args.disk.kernel == Some(KernelChoice::Backports) {
-        options.kernel = KernelSource::Backports;
-    }
+    options.kernel = match args.disk.kernel {
+        None | Some(KernelChoice::Suite) => KernelSource::Suite,
+        Some(KernelChoice::Backports) => KernelSource::Backports,
+        Some(KernelChoice::Both) => KernelSource::Both,
+    };
     let name = args.disk.name.as_deref().unwrap_or(store::ROOTFS);
     let image = store.build_rootfs(name, &options, &mut bar).map_err(build_failure)?;
     if let Some(key) = &image.manifest.identity {

@@ -2,7 +2,7 @@
 # the files between were written by script.rs. $1 is the root; standard input is the image's file, open for writing.
 
 # The build's own traces.
-rm -f "$root/etc/apt/apt.conf.d/00mmdebstrap" "$root/etc/apt/apt.conf.d/99mmdebstrap"
+rm -f "$root/etc/apt/apt.conf.d/00mmdebstrap" "$root/etc/apt/apt.conf.d/99mmdebstrap" "$root/etc/dpkg/dpkg.cfg.d/99mmdebstrap"
 rm -f "$root/etc/ssh/ssh_host_"* "$root/var/lib/dbus/machine-id" "$root/etc/resolv.conf"
 : >"$root/etc/machine-id"
 ln -s ../run/systemd/resolve/stub-resolv.conf "$root/etc/resolv.conf"
