@@ -27,6 +27,13 @@ const CHECK: &str = "systemctl is-system-running --wait; systemctl --failed --no
     ip -4 -o addr show dev eth0; ip route; resolvectl dns eth0; hostname; cat /etc/machine-id | wc -c; ls /etc/ssh/ssh_host_*; \
     findmnt -nro SOURCE,FSTYPE,OPTIONS /; dpkg --audit; dpkg -l | grep -c '^ii'";
 
+/// The README's line that begins so, without its remark.
+fn readme(begins: &str) -> String {
+    let text = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md")).expect("it is there");
+    let mut lines = text.lines().map(|line| line.split('#').next().unwrap_or_default().trim_end());
+    lines.find(|line| line.starts_with(begins)).expect("the README has a recipe for it").to_owned()
+}
+
 fn assert_is_well(said: &str, kernel: &str) {
     let mut lines = said.lines();
     // `running` and not `degraded`: no unit has failed.
@@ -56,10 +63,11 @@ fn boot_by_name(built: &Built, kernel: &str, archive: bool) {
     let disk = image.disk.clone().expect("it has one");
     let before = fs::metadata(&disk).and_then(|meta| meta.modified()).expect("it is there");
     let port = free_port();
-    let publish = format!("{port}:22");
-    let mut pontoon =
-        built.pontoon(["run", &built.name, "--accel", "lab", "--name", "guest1", "-p", &publish]);
-    pontoon.command().args(["--timeout", "900"]);
+    // As the README has it, with a port and a name of ours.
+    let typed =
+        readme("pontoon run debian-rootfs ").replace("2222", &port.to_string()).replace(NAME, &built.name);
+    let mut pontoon = built.pontoon(typed.split(' ').skip(1));
+    pontoon.command().args(["--accel", "lab", "--name", "guest1", "--timeout", "900"]);
     let mut machine = Machine::start(pontoon, port, &built.key);
     machine.wait_for_ssh();
     assert_is_well(&machine.answer(CHECK), kernel);
@@ -68,8 +76,8 @@ fn boot_by_name(built: &Built, kernel: &str, archive: bool) {
     let said = machine.answer(&format!(
         "echo 'deb [trusted=yes] http://10.0.2.2:{}/ ./' >/root/our.list; \
          set -e; export DEBIAN_FRONTEND=noninteractive; \
-         apt-get -q -o Dir::Etc::sourcelist=/root/our.list -o Dir::Etc::sourceparts=- update; \
-         apt-get -q -y install hello-pontoon; hello-pontoon",
+         get() {{ apt-get -q -y -o Dir::Etc::sourcelist=/root/our.list -o Dir::Etc::sourceparts=- \"$@\"; }}; \
+         get update; get install hello-pontoon; hello-pontoon",
         repository.port()
     ));
     assert!(said.ends_with("Hello from a package!"), "{said}");
@@ -96,6 +104,10 @@ fn an_image_of_debian_12_is_built_with_both_kernels_and_found_again() {
         image.manifest.packages.iter().filter(|package| package.name.starts_with("linux-image-6.")).collect();
     assert_eq!(kernels.len(), 2, "{kernels:?}");
     assert!(image.manifest.packages.iter().all(|package| package.sha256.len() == 64), "{:?}", image.manifest);
+    // What docs/images.md and the manifest call the root.
+    let stats = built.debugfs("stats -h");
+    let uuid = image.manifest.cmdline.split(['=', ' ']).nth(2).unwrap_or_default();
+    assert!(stats.contains("volume name:   debian\n") && stats.contains(uuid), "{uuid}\n{stats}");
     let listing = built.debugfs("ls -p /boot");
     for begins in ["vmlinuz-6.1.", "vmlinuz-6.12.", "initrd.img-6.1.", "initrd.img-6.12."] {
         assert!(listing.contains(&format!("/{begins}")), "{begins}\n{listing}");
@@ -138,6 +150,7 @@ fn a_partitioned_disk_boots_with_the_kernel_in_it_and_nc_leads_ssh_there() {
         enter guest1 "$CHECK"
         address=$(pontoon ps --json | sed 's/.*"address":"\([0-9.]*\)".*/\1/')
         enter "$address" 'echo by its address: $(hostname)'
+        enter guest1 'findmnt -nbro SIZE /'
         head -c 300000 /dev/urandom >big
         test "$(enter guest1 'cat >/root/big; sha256sum </root/big' <big)" = "$(sha256sum <big)"
         enter guest1 'exit 42' || echo "status $?"
@@ -160,6 +173,9 @@ fn a_partitioned_disk_boots_with_the_kernel_in_it_and_nc_leads_ssh_there() {
     assert_eq!(state, "running", "{said}\n{errors}");
     let (checked, rest) = rest.split_once("by its address: guest1\n").expect("the second way in");
     assert_is_well(checked.trim_end(), "6.1.");
+    // It has grown to its partition.
+    let (size, rest) = rest.split_once('\n').expect("a size");
+    assert!(size.parse::<u64>().is_ok_and(|size| size > 5 << 29), "{size}");
     assert!(rest.starts_with("status 42\n"), "{rest}");
     assert!(rest.contains("ended (0): the guest powered off"), "{rest}\n{errors}");
 }

@@ -19,6 +19,7 @@ fn the_recipe_changes_with_whatever_goes_in() {
     assert_ne!(recipe, Plan { suite: Suite::Trixie, ..plan(&usual, KEY) }.recipe());
     for other in [
         RootfsOptions { kernel: KernelSource::Backports, ..usual.clone() },
+        RootfsOptions { kernel: KernelSource::Both, ..usual.clone() },
         RootfsOptions { size: 3 << 30, ..usual.clone() },
         RootfsOptions { packages: vec!["htop".into()], ..usual.clone() },
     ] {
@@ -32,7 +33,18 @@ fn the_recipe_changes_with_whatever_goes_in() {
 #[test]
 fn the_kernel_of_backports_is_named_by_its_suite() {
     let options = RootfsOptions { kernel: KernelSource::Backports, ..RootfsOptions::default() };
-    assert!(plan(&options, KEY).includes().ends_with(",linux-image-cloud-amd64/bookworm-backports"));
+    let plan_of = plan(&options, KEY);
+    assert!(plan_of.includes().ends_with(",linux-image-cloud-amd64/bookworm-backports"));
+    assert_eq!(plan_of.second_kernel(), None);
+}
+
+#[test]
+fn both_kernels_are_the_suites_and_then_that_of_its_backports() {
+    let options = RootfsOptions { kernel: KernelSource::Both, ..RootfsOptions::default() };
+    let plan_of = plan(&options, KEY);
+    assert!(plan_of.includes().ends_with(",linux-image-cloud-amd64"));
+    let hook = plan_of.second_kernel().unwrap();
+    assert!(hook.contains(" install linux-image-cloud-amd64/bookworm-backports "), "{hook}");
 }
 
 #[test]

@@ -76,10 +76,10 @@ impl Built {
         Store::open(&self.home.join("pontoon")).get(&self.name).expect("it was built a moment ago")
     }
 
-    /// Its file system as distributions ship theirs: a partition of a disk.
+    /// Its file system as distributions ship theirs: a partition of a disk, with room to grow.
     pub(crate) fn in_a_partition(&self, to: PathBuf) -> Partitioned {
         let disk = self.image().disk.expect("it has one");
-        let sectors = fs::metadata(&disk).expect("it is there").len() / SECTOR;
+        let sectors = fs::metadata(&disk).expect("it is there").len() / SECTOR + ROOM;
         let mut command = Command::new("dd");
         command.args(["bs=1M", "seek=1", "conv=sparse", "status=none"]);
         command.arg(format!("if={}", disk.display())).arg(format!("of={}", to.display()));
@@ -106,6 +106,8 @@ impl Built {
 const SECTOR: u64 = 512;
 /// Where the partition begins, in sectors.
 const START: u64 = 2048;
+/// By how much it is larger than the file system, in sectors: 1 GiB.
+const ROOM: u64 = 2 << 20;
 
 /// A disk with a partition table.
 pub(crate) struct Partitioned {
