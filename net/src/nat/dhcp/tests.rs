@@ -171,6 +171,20 @@ fn a_machine_keeps_its_address_over_a_restart_of_the_network() {
 }
 
 #[test]
+fn a_lease_that_ran_out_while_the_network_stood_still_is_renewed() {
+    let mut dialogue = Dialogue::new();
+    let (one, two) = (dialogue.join(1), dialogue.join(2));
+    dialogue.wait(86_400);
+    assert_eq!(dialogue.server.leases(dialogue.now).count(), 0);
+    let (reply, ack) = dialogue.renew(1, one);
+    assert_eq!((kind(&ack), ack.yiaddr()), (MessageType::Ack, one));
+    assert_eq!(reply.bound, Some((one, dialogue.now + Duration::from_secs(3600))));
+    // Who comes first does not take the other's address, however long that one sleeps on.
+    assert_ne!(dialogue.join(3), two);
+    assert_eq!(kind(&dialogue.renew(2, two).1), MessageType::Ack);
+}
+
+#[test]
 fn a_wrong_address_is_refused_with_a_broadcast_nak() {
     let mut dialogue = Dialogue::new();
     let taken = dialogue.join(1);

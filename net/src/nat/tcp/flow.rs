@@ -126,7 +126,7 @@ pub(super) struct Flow {
     pub(super) stamps: Stamps,
     pub(super) rto: Rto,
     pub(super) rto_at: Option<Instant>,
-    /// When the guest was last heard of.
+    /// When the guest was last heard of, or later by what we were late in asking.
     pub(super) heard: Instant,
     /// What the table's timers know.
     pub(super) timer_at: Option<Instant>,
@@ -272,6 +272,8 @@ impl Flow {
             self.rto_at = None;
             self.retransmit(cx);
         } else if self.state.is_synchronized() && self.idle_at(cx) <= cx.now {
+            // We may be late by hours, if this process was stopped: the guest has its time for each probe nevertheless.
+            self.heard += cx.now - self.idle_at(cx);
             self.attempts += 1;
             self.marks |= Marks::PROBE;
             self.give_up_after(ATTEMPTS);

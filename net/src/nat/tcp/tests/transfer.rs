@@ -281,3 +281,30 @@ fn an_idle_connection_is_probed_and_lives_as_long_as_the_guest_answers() {
     }
     assert_eq!(bench.state(), "none");
 }
+
+#[test]
+fn a_network_that_stood_still_for_a_day_asks_before_it_gives_a_guest_up() {
+    let mut bench = Bench::established();
+    bench.pass(Duration::from_secs(86_400));
+    assert_eq!(bench.turn(), ["ACK 0+0 ack 1"], "one probe, not all of them at once");
+    bench.pass(Duration::from_secs(74));
+    assert_eq!(bench.turn(), NOTHING);
+    bench.pass(Duration::from_secs(1));
+    assert_eq!(bench.turn(), ["ACK 0+0 ack 1"]);
+    bench.send(&seg(Flags::ACK, 1, 1));
+    bench.pass(Duration::from_secs(7199));
+    assert_eq!(bench.turn(), NOTHING);
+    assert_eq!(bench.state(), "ESTABLISHED");
+}
+
+#[test]
+fn data_that_wait_for_an_ack_while_the_network_stands_still_are_sent_once_more() {
+    let mut bench = Bench::established();
+    bench.world_sends(b"hello");
+    bench.turn();
+    bench.pass(Duration::from_secs(3600));
+    assert_eq!(bench.turn(), ["ACK 1+5 ack 1"]);
+    assert_eq!(bench.turn(), NOTHING);
+    bench.send(&seg(Flags::ACK, 1, 6));
+    assert_eq!(bench.state(), "ESTABLISHED");
+}
