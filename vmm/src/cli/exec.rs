@@ -10,7 +10,7 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::anyhow;
 use rustix::termios::{OptionalActions, OutputModes, tcgetattr, tcgetwinsize, tcsetattr};
@@ -87,9 +87,8 @@ impl Agent {
     pub(crate) fn find(name: &MachineName, patience: &Patience) -> Result<Self, Failure> {
         let entry = Runtime::open().and_then(|runtime| runtime.find_alive(name)).map_err(failure)?;
         // One that has run for long enough will not have an agent a little later.
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let age = entry.state().map_or(0, |state| now.saturating_sub(state.started_at));
-        let patience = Duration::from_secs(u64::from(patience.wait).saturating_sub(age));
+        let age = entry.age().unwrap_or_default();
+        let patience = Duration::from_secs(patience.wait.into()).saturating_sub(age);
         let client = entry.agent().ok_or_else(|| {
             Failure::machine(anyhow!("{name} has no vsock device, so there is no way to an agent in it"))
         })?;

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 use serde_json::{Value, json};
@@ -64,7 +64,9 @@ fn row(entry: &Entry, status: Option<&Status>) -> Vec<String> {
         return vec![name, Condition::Unreadable.as_str().to_owned()];
     };
     let condition = match &state.exit {
-        Some(exit) if !entry.is_alive() => format!("ended ({}): {}", exit.status, exit.reason),
+        Some(exit) if !entry.is_alive() => {
+            format!("{} ({}): {}", entry.condition().as_str(), exit.status, exit.reason)
+        }
         _ => entry.condition().as_str().to_owned(),
     };
     let kernel =
@@ -83,14 +85,9 @@ fn row(entry: &Entry, status: Option<&Status>) -> Vec<String> {
     .to_vec()
 }
 
-/// By the machine's own clock, which does not jump, if it can be asked.
+/// Since the guest was started; of a machine that can't be asked, since its process was.
 fn uptime(entry: &Entry, status: Option<&Status>) -> Option<Duration> {
-    if let Some(status) = status {
-        return Some(Duration::from_millis(status.uptime_ms));
-    }
-    let started = entry.state().ok().filter(|_| entry.is_alive())?.started_at;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs();
-    Some(Duration::from_secs(now.saturating_sub(started)))
+    status.map(|status| Duration::from_millis(status.uptime_ms)).or_else(|| entry.age())
 }
 
 /// A duration as its two largest units.
@@ -157,8 +154,11 @@ fn ask_guest(runtime: &Runtime, name: &MachineName) -> Result<(Process, Receiver
     Ok((process, refusal))
 }
 
-/// Lets the guest's agent power off, or else presses the power button.
+/// Lets the guest's agent power off, or else presses the power button. The machine is told first, so that its end is one that was
+/// asked for.
 fn shut_down(entry: &Entry) -> Result<(), String> {
+    // One that does not listen, or is of an older version, only ends without knowing why.
+    let _ = entry.control().and_then(|mut control| control.stopping());
     if let Some(agent) = entry.agent()
         && agent.wait_until_ready(AGENT).is_ok()
         && agent.power_off().is_ok()

@@ -21,6 +21,7 @@ mod machines;
 mod nc;
 mod netinfo;
 mod network;
+mod outcome;
 mod output;
 mod registry;
 mod relay;

@@ -9,7 +9,7 @@ use anyhow::{Context, anyhow};
 use net::MacAddr;
 use net::nat::NatHandle;
 use vmm::machine::MachineBuilder;
-use vmm::runtime::control::{Console, Control, ControlError};
+use vmm::runtime::control::{Console, Control, ControlError, StopAsked};
 use vmm::runtime::{
     CONSOLE_LOG, CONSOLE_LOG_OLD, CONTROL_SOCKET, Claim, ConsoleLog, CpuGroup, CpuLimits, LOG_MAX,
     MachineName, Phase, Runtime, RuntimeError, State,
@@ -17,6 +17,7 @@ use vmm::runtime::{
 
 use super::args::{CpuLimit, RunArgs};
 use super::network::Network;
+use super::outcome::Outcome;
 use super::{Failure, output};
 
 /// The machine's place in the runtime folder, if it has one.
@@ -24,6 +25,7 @@ pub(crate) struct Registered {
     /// Left before the name is given back.
     group: Option<CpuGroup>,
     claim: Option<Claim>,
+    stop_asked: StopAsked,
 }
 
 /// What went wrong with the folder is mostly for the user to mend.
@@ -59,13 +61,13 @@ pub(crate) fn register(args: &mut RunArgs, detached: bool) -> Result<Registered,
                 output::note(&format!("{first} is running already; this machine is {}", claim.name()));
             }
             args.name = Some(claim.name().clone());
-            Ok(Registered { group: None, claim: Some(claim) })
+            Ok(Registered { group: None, claim: Some(claim), stop_asked: StopAsked::default() })
         }
         Err(error @ (RuntimeError::Taken { .. } | RuntimeError::NoFreeName(_))) => Err(failure(error)),
         Err(error) if detached => Err(failure(error)),
         Err(error) => {
             output::note(&format!("{error}; until then other commands don't see this machine"));
-            Ok(Registered { group: None, claim: None })
+            Ok(Registered { group: None, claim: None, stop_asked: StopAsked::default() })
         }
     }
 }
@@ -113,7 +115,7 @@ impl Registered {
 
     /// Lets the machine serve its control socket.
     pub(crate) fn serve(
-        &self,
+        &mut self,
         builder: MachineBuilder,
         console: Option<Console>,
         nat: Option<NatHandle>,
@@ -137,6 +139,7 @@ impl Registered {
             Some(nat) => control.nat(nat).context("making the control socket").map_err(Failure::machine)?,
             None => control,
         };
+        self.stop_asked = control.stop_asked();
         Ok(builder.worker(move |remote| control.serve(remote)))
     }
 
@@ -175,11 +178,18 @@ impl Registered {
         }
     }
 
+    /// Whether somebody has asked for the machine's end.
+    pub(crate) fn stop_asked(&self) -> bool {
+        self.stop_asked.is_set()
+    }
+
     /// Tells how the machine ended, and gives the name back.
-    pub(crate) fn end(self, status: u8, reason: &str) {
+    pub(crate) fn end(self, outcome: &Outcome) {
         drop(self.group);
-        if let Some(claim) = self.claim {
-            claim.end(status, reason);
+        match self.claim {
+            Some(claim) if outcome.stopped => claim.end_stopped(outcome.status, &outcome.reason),
+            Some(claim) => claim.end(outcome.status, &outcome.reason),
+            None => {}
         }
     }
 }

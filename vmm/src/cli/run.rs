@@ -16,16 +16,17 @@ use guest_images::{Image, Store, store};
 use serde_json::json;
 use vmm::console::RawMode;
 use vmm::kvm::{Host, KvmKind, VmError};
-use vmm::machine::{BuildError, ExitReason, Guest, Init, Machine, MachineBuilder};
+use vmm::machine::{BuildError, Guest, Init, Machine, MachineBuilder};
 use vmm::runtime::Scrollback;
 use vmm::runtime::control::Console;
 
 use super::args::{Accel, RunArgs};
 use super::detach::{self, Tether};
 use super::network;
+use super::outcome::Outcome;
 use super::registry::{self, Registered};
-use super::signals::{Signals, Wake};
-use super::{Failure, STATUS_MACHINE, STATUS_TIMEOUT, inlab, output};
+use super::signals::Signals;
+use super::{Failure, inlab, output};
 
 /// The image name that means the built-in guest.
 pub(crate) const PROBE: &str = "probe";
@@ -107,6 +108,8 @@ fn find_image(args: &RunArgs, name: &str) -> Result<Image, Failure> {
 
 fn run_here(args: &mut RunArgs, guest: Guest, tether: Option<Tether>) -> Result<u8, Failure> {
     let detached = tether.is_some();
+    // Before there is anything that would be left behind, and any thread that would not know of it.
+    let signals = Signals::catch().context("catching signals").map_err(Failure::machine)?;
     let mut registered = registry::register(args, detached)?;
     let args = &*args;
     registered.limit_cpus(args)?;
@@ -129,8 +132,6 @@ fn run_here(args: &mut RunArgs, guest: Guest, tether: Option<Tether>) -> Result<
     }
     let (builder, background) = console(builder, args, &mut registered)?;
     let builder = registered.serve(builder, background, plugged.handle.take())?;
-    // Before there is any thread that would not know of it.
-    let signals = Signals::catch().context("catching signals").map_err(Failure::machine)?;
     let deadline = args.timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds.into()));
     let (builder, watch) = signals.watch(builder, deadline)?;
     let machine = builder.build().map_err(build_failure)?;
@@ -147,56 +148,16 @@ fn run_here(args: &mut RunArgs, guest: Guest, tether: Option<Tether>) -> Result<
     }
     let wake = watch.wait(running);
     let report = Report { mac: plugged.mac, net: args.net.to_string(), network: plugged.network };
-    let outcome = finish(wake, !args.command.is_empty());
+    let outcome = Outcome::of(wake, !args.command.is_empty(), registered.stop_asked());
     drop(raw);
     if outcome.noteworthy {
         output::note(&outcome.reason);
     }
-    registered.end(outcome.status, &outcome.reason);
+    registered.end(&outcome);
     if args.json {
         output::json(&report.json(outcome.status));
     }
     Ok(outcome.status)
-}
-
-/// How a machine ended.
-struct Outcome {
-    status: u8,
-    reason: String,
-    /// Whether the status alone does not tell.
-    noteworthy: bool,
-}
-
-/// What the end means to a shell.
-fn finish(wake: Wake, command: bool) -> Outcome {
-    match wake {
-        Wake::Ended(reason) => {
-            let status = match (&reason, command) {
-                // The command's status never came: the guest crashed or was told to reboot by something else.
-                (ExitReason::PowerOff | ExitReason::Reset, true) => STATUS_MACHINE,
-                _ => reason.status(),
-            };
-            let in_order = matches!(reason, ExitReason::PowerOff | ExitReason::Reset);
-            let noteworthy = command && in_order || !(in_order || matches!(reason, ExitReason::Status(_)));
-            let reason = match reason {
-                _ if command && in_order => {
-                    format!("{reason} without telling the command's exit status; see its console")
-                }
-                ExitReason::Stopped => "stopped".to_owned(),
-                _ => reason.to_string(),
-            };
-            Outcome { status, reason, noteworthy }
-        }
-        Wake::Deadline => {
-            let reason = "the time-out has passed; the machine was stopped".to_owned();
-            Outcome { status: STATUS_TIMEOUT, reason, noteworthy: true }
-        }
-        Wake::Signal(number) => {
-            // As a shell reports a process that a signal ended.
-            let status = u8::try_from(128 + number).unwrap_or(u8::MAX);
-            Outcome { status, reason: format!("ended by signal {number}"), noteworthy: false }
-        }
-    }
 }
 
 /// The console: this terminal or a file, or for a detached machine one to attach to.

@@ -61,7 +61,9 @@ pub enum BuildError {
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// A thread could not be made.
-    #[error("the thread {name} could not be started: {source}; check the limits of this user (ulimit -u)")]
+    #[error(
+        "the thread {name} could not be started: {source}; check the limits of this user (ulimit -u, -v)"
+    )]
     Thread {
         /// Its name.
         name: String,

@@ -40,7 +40,7 @@ pub enum MemoryError {
     Unaligned(u64),
     /// The kernel gave no memfd of this size.
     #[error(
-        "could not set up {size} bytes of shared memory: {source}; check the limits of this user (ulimit -v, -n)"
+        "could not set up {size} bytes of shared memory: {source}; check the limits of this user (ulimit -v, -f, -n)"
     )]
     Memfd {
         /// Bytes wanted.

@@ -1,5 +1,6 @@
 //! A machine's own hold on its name and folder.
 
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -52,14 +53,38 @@ impl Runtime {
         self.check_length(name)?;
         let dir = self.machine(name);
         let new = make_private(&dir)?;
+        let occupied = Self::occupy(outer, name, &dir, new, state);
+        if new && occupied.is_err() {
+            // Without opening it, since the lack of descriptors may be why. What fails is left for whoever looks.
+            for file in ["lock", state::NEW, state::FILE] {
+                let _ = fs::remove_file(dir.join(file));
+            }
+            let _ = fs::remove_dir(&dir);
+        }
+        let (lock, state) = occupied?;
+        // Only a detached machine leaves its state behind when it ends.
+        if state.detached {
+            self.forget_oldest(outer);
+        }
+        Ok(Claim { runtime: self.clone(), name: name.clone(), dir, state, lock: Some(lock) })
+    }
+
+    /// Takes the lock of a machine's folder and writes its first state.
+    fn occupy(
+        outer: &Outer,
+        name: &MachineName,
+        dir: &Path,
+        new: bool,
+        state: State,
+    ) -> Result<(OwnedFd, State), RuntimeError> {
         let path = dir.join("lock");
         let Some(lock) = lock::take(&path, outer).map_err(RuntimeError::io("locking", &path))? else {
-            let pid = State::read(&dir).ok().map(|state| state.pid);
+            let pid = State::read(dir).ok().map(|state| state.pid);
             return Err(RuntimeError::Taken { name: name.clone(), pid });
         };
         // Whatever a machine before us left: its log, its sockets.
         if !new {
-            empty(&dir, &["lock"]).map_err(RuntimeError::io("emptying", &dir))?;
+            empty(dir, &["lock"]).map_err(RuntimeError::io("emptying", dir))?;
         }
         let state = State {
             schema: SCHEMA,
@@ -67,16 +92,13 @@ impl Runtime {
             pid: std::process::id(),
             state: Phase::Starting,
             started_at: state::now(),
+            started_monotonic: Some(state::monotonic()),
             exit: None,
             vsock: state.vsock.or_else(|| Some(dir.join(VSOCK_SOCKET))),
             ..state
         };
-        state.write(&dir).map_err(RuntimeError::io("writing the machine's state to", &dir))?;
-        // Only a detached machine leaves its state behind when it ends.
-        if state.detached {
-            self.forget_oldest(outer);
-        }
-        Ok(Claim { runtime: self.clone(), name: name.clone(), dir, state, lock: Some(lock) })
+        state.write(dir).map_err(RuntimeError::io("writing the machine's state to", dir))?;
+        Ok((lock, state))
     }
 
     /// Looks at a machine while no name is claimed or given back, and tidies up if it is gone without having done so itself:
@@ -97,7 +119,7 @@ impl Runtime {
             (Some(_), Ok(state)) if state.detached => {
                 state.cgroup.iter().for_each(|path| cgroup::remove(path));
                 let reason = "its process was killed or crashed: it left no word".to_owned();
-                leave(&dir, state, Exit { status: 137, reason, at: state::now() })
+                leave(&dir, state, Exit { status: 137, reason, at: state::now(), stopped: false })
                     .map_err(RuntimeError::io("tidying up", &dir))?;
                 Ok(Some((false, State::read(&dir))))
             }
@@ -122,6 +144,13 @@ impl Runtime {
         }
     }
 
+    /// Removes what interrupted removals left, among these names.
+    pub(super) fn finish_removals(&self, _: &Outer, names: &[OsString]) {
+        for name in names.iter().filter(|name| is_half_removed(name)) {
+            let _ = fs::remove_dir_all(self.path().join(name));
+        }
+    }
+
     /// Keeps the number of machines that have ended within [`ENDED_MAX`], and removes what an interrupted removal left.
     fn forget_oldest(&self, outer: &Outer) {
         let names: Vec<_> = fs::read_dir(self.path())
@@ -131,22 +160,21 @@ impl Runtime {
             .map(|entry| entry.file_name())
             .collect();
         // No more machines than may have ended: none of their states need be read.
-        if names.len() <= ENDED_MAX && !names.iter().any(|name| name.as_bytes().starts_with(b".gone-")) {
+        if names.len() <= ENDED_MAX && !names.iter().any(|name| is_half_removed(name)) {
             return;
         }
-        let mut ended = Vec::new();
+        self.finish_removals(outer, &names);
+        let (mut ended, now) = (Vec::new(), state::now());
         for name in names {
             let Some(text) = name.to_str() else { continue };
-            if text.starts_with(".gone-") {
-                let _ = fs::remove_dir_all(self.path().join(text));
-            }
             let Ok(name) = text.parse::<MachineName>() else { continue };
             let dir = self.machine(&name);
             // The state first: the locks of living machines need not be touched.
             if let Ok(State { exit: Some(exit), .. }) = State::read(&dir)
                 && lock::is_held(&dir.join("lock")).is_ok_and(|held| !held)
             {
-                ended.push((exit.at, dir));
+                // One that ended in the future did so before the host's clock was set back.
+                ended.push((if exit.at > now { 0 } else { exit.at }, dir));
             }
         }
         ended.sort();
@@ -155,6 +183,11 @@ impl Runtime {
             self.remove(outer, dir);
         }
     }
+}
+
+/// Whether it is what a removal that was interrupted left.
+pub(super) fn is_half_removed(name: &OsStr) -> bool {
+    name.as_bytes().starts_with(b".gone-")
 }
 
 /// Writes the last state and removes everything that only a living machine needs.
@@ -237,11 +270,19 @@ impl Claim {
     }
 
     /// Gives the name back after the machine has run. A detached machine leaves its console's log and how it ended.
-    pub fn end(mut self, status: u8, reason: &str) {
+    pub fn end(self, status: u8, reason: &str) {
+        self.leave(Exit { status, reason: reason.to_owned(), at: state::now(), stopped: false });
+    }
+
+    /// The same for a machine that ended because somebody had asked for it.
+    pub fn end_stopped(self, status: u8, reason: &str) {
+        self.leave(Exit { status, reason: reason.to_owned(), at: state::now(), stopped: true });
+    }
+
+    fn leave(mut self, exit: Exit) {
         if !self.state.detached {
             return; // The drop removes everything.
         }
-        let exit = Exit { status, reason: reason.to_owned(), at: state::now() };
         // Without the outer lock: the name is ours until our own lock goes.
         if let Err(e) = leave(&self.dir, self.state.clone(), exit) {
             tracing::warn!(folder = %self.dir.display(), error = %e, "the machine's last state could not be written");

@@ -10,12 +10,13 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::CONTROL_SOCKET;
+use super::claim::is_half_removed;
 use super::control::{Client, ControlError};
 use super::error::RuntimeError;
 use super::lock::{self, Outer};
 use super::name::MachineName;
 use super::place::Runtime;
-use super::state::{Phase, State, StateError};
+use super::state::{Phase, State, StateError, monotonic};
 use crate::agent;
 use crate::deadline;
 
@@ -28,6 +29,8 @@ pub enum Condition {
     Running,
     /// Dead, and it was detached: what is left says how it ended.
     Ended,
+    /// The same, and somebody had asked for its end.
+    Stopped,
     /// Alive, or dead, with a state that this program cannot read.
     Unreadable,
 }
@@ -39,6 +42,7 @@ impl Condition {
             Self::Starting => "starting",
             Self::Running => "running",
             Self::Ended => "ended",
+            Self::Stopped => "stopped",
             Self::Unreadable => "unreadable",
         }
     }
@@ -77,11 +81,20 @@ impl Runtime {
     /// When the folder cannot be read.
     pub fn list(&self) -> Result<Vec<Entry>, RuntimeError> {
         let reading = || RuntimeError::io("reading", self.path());
-        let mut found = Vec::new();
+        let (mut found, mut removals) = (Vec::new(), Vec::new());
         for entry in fs::read_dir(self.path()).map_err(reading())? {
             let name = entry.map_err(reading())?.file_name();
-            let Some(name) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
-            found.extend(self.look(&name));
+            match name.to_str().and_then(|name| name.parse().ok()) {
+                Some(name) => found.extend(self.look(&name)),
+                None if is_half_removed(&name) => removals.push(name),
+                None => {}
+            }
+        }
+        // If it is being removed right now, its remover has the lock, and nothing is there afterwards.
+        if !removals.is_empty()
+            && let Ok(outer) = Outer::take(self.path())
+        {
+            self.finish_removals(&outer, &removals);
         }
         found.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(found)
@@ -147,10 +160,18 @@ impl Entry {
     pub fn condition(&self) -> Condition {
         match (&self.state, self.alive) {
             (Err(_), _) => Condition::Unreadable,
+            (Ok(State { exit: Some(exit), .. }), false) if exit.stopped => Condition::Stopped,
             (Ok(_), false) => Condition::Ended,
             (Ok(state), true) if state.state == Phase::Starting => Condition::Starting,
             (Ok(_), true) => Condition::Running,
         }
+    }
+
+    /// For how long it has been alive, by a clock that nobody sets; `None` when it has ended or does not tell. The time that the host
+    /// slept does not count.
+    pub fn age(&self) -> Option<Duration> {
+        let started = self.state().ok().filter(|_| self.alive)?.started_monotonic?;
+        Some(Duration::from_secs(monotonic().saturating_sub(started)))
     }
 
     /// The path of a file in its folder.

@@ -8,14 +8,16 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 /// Version of the meaning of the fields.
 pub(super) const SCHEMA: u32 = 1;
 /// Most bytes that are read.
 const MAX: u64 = 64 << 10;
-const FILE: &str = "state.json";
-const NEW: &str = ".state.json.new";
+pub(super) const FILE: &str = "state.json";
+/// What it is called before it replaces the old one.
+pub(super) const NEW: &str = ".state.json.new";
 
 /// How far a machine is, as it says itself; the lock says whether that is still so.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +45,8 @@ pub struct Exit {
     pub reason: String,
     /// When, in seconds since 1970.
     pub at: u64,
+    /// Somebody had asked for it: `pontoon stop`.
+    pub stopped: bool,
 }
 
 /// What a machine says of itself.
@@ -81,8 +85,10 @@ pub struct State {
     pub vsock: Option<PathBuf>,
     /// The cgroup that limits its CPU time.
     pub cgroup: Option<PathBuf>,
-    /// When it was started, in seconds since 1970.
+    /// When it was started, in seconds since 1970: to be shown. The host's clock may have been set since.
     pub started_at: u64,
+    /// The same by a clock that nobody sets: the host's CLOCK_MONOTONIC in seconds.
+    pub started_monotonic: Option<u64>,
     /// Where its console goes, if to a file.
     pub console_log: Option<PathBuf>,
     /// How it ended.
@@ -133,4 +139,9 @@ impl State {
 /// Seconds since 1970.
 pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Seconds since the host was started, those that it slept left out: all of its processes count the same.
+pub(super) fn monotonic() -> u64 {
+    clock_gettime(ClockId::Monotonic).tv_sec.try_into().unwrap_or(0)
 }

@@ -155,6 +155,63 @@ fn the_machines_that_ended_first_are_forgotten() {
     assert_eq!(names(&runtime).len(), ENDED_MAX + 1);
 }
 
+/// Changes what the state of a machine that has ended says of the time.
+fn ended_at(runtime: &Runtime, machine: &str, at: u64) {
+    let dir = runtime.path().join(machine);
+    let mut state = State::read(&dir).unwrap();
+    state.exit.as_mut().unwrap().at = at;
+    state.write(&dir).unwrap();
+}
+
+#[test]
+fn machines_that_ended_before_the_clock_was_set_back_are_forgotten_first() {
+    let (_dir, runtime) = runtime();
+    let end = |machine: &str| runtime.claim(&name(machine), detached()).unwrap().end(0, "");
+    for n in 0..ENDED_MAX {
+        end(&format!("old{n}"));
+        ended_at(&runtime, &format!("old{n}"), u64::MAX - n as u64);
+    }
+    end("last");
+    let _living = runtime.claim(&name("new"), detached()).unwrap();
+    let left = names(&runtime);
+    assert!(left.len() == ENDED_MAX + 1 && left.contains(&"last".to_owned()), "{left:?}");
+}
+
+#[test]
+fn an_age_is_told_by_a_clock_that_nobody_sets() {
+    let (_dir, runtime) = runtime();
+    let mut claim = runtime.claim(&name("a"), detached()).unwrap();
+    let age = || runtime.find(&name("a")).unwrap().age();
+    for set in [0, u64::MAX] {
+        claim.update(|state| state.started_at = set).unwrap();
+        assert!(age().is_some_and(|age| age < Duration::from_secs(600)), "{:?}", age());
+    }
+    claim.update(|state| state.started_monotonic = Some(u64::MAX)).unwrap();
+    assert_eq!(age(), Some(Duration::ZERO));
+    claim.update(|state| state.started_monotonic = None).unwrap();
+    assert_eq!(age(), None, "a machine of an older version");
+    claim.end(0, "");
+    assert_eq!(age(), None);
+}
+
+#[test]
+fn an_end_that_was_asked_for_is_a_stop() {
+    let (_dir, runtime) = runtime();
+    runtime.claim(&name("a"), detached()).unwrap().end_stopped(0, "the guest powered off");
+    assert_eq!(runtime.find(&name("a")).unwrap().condition(), Condition::Stopped);
+    runtime.claim(&name("a"), detached()).unwrap().end(0, "the guest powered off");
+    assert_eq!(runtime.find(&name("a")).unwrap().condition(), Condition::Ended);
+}
+
+#[test]
+fn a_removal_that_was_interrupted_is_finished_by_whoever_looks_next() {
+    let (_dir, runtime) = runtime();
+    let half = runtime.path().join(".gone-4711");
+    fs::create_dir(&half).unwrap();
+    fs::write(half.join("lock"), "").unwrap();
+    assert!(names(&runtime).is_empty() && !half.exists());
+}
+
 #[test]
 fn machines_that_come_and_go_do_not_disturb_those_who_look() {
     let (_dir, runtime) = runtime();

@@ -2,7 +2,8 @@
 //!
 //! SIGINT, SIGTERM and SIGHUP stop the machine in order: the TAP goes, the terminal is restored, the exit
 //! status says which signal it was. They are blocked and read from a descriptor on the machine's I/O thread, which is this
-//! one: no thread waits for them, and no handler runs.
+//! one: no thread waits for them, and no handler runs. SIGXFSZ is blocked as well, so that a file which may not grow any further
+//! (`ulimit -f`) is an error of the call that writes, such as the guest's I/O error, rather than our death.
 
 mod sys;
 
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use libc::{SIGHUP, SIGINT, SIGTERM};
+use libc::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
@@ -38,7 +39,7 @@ pub(crate) struct Signals(OwnedFd);
 impl Signals {
     /// Catches the signals. A thread that was started before would still be killed by them, and we with it.
     pub(crate) fn catch() -> io::Result<Self> {
-        sys::signal_fd(&[SIGINT, SIGTERM, SIGHUP]).map(Self)
+        sys::signal_fd(&[SIGINT, SIGTERM, SIGHUP], &[SIGXFSZ]).map(Self)
     }
 
     /// Lets the machine be ended by a signal or when the deadline has passed.
@@ -98,7 +99,11 @@ impl MutEventSubscriber for Watcher {
             if rustix::io::read(&self.signals, &mut info).is_err() {
                 return;
             }
-            Wake::Signal(i32::from_ne_bytes([info[0], info[1], info[2], info[3]]))
+            let number = i32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
+            if sys::is_ignored(number) {
+                return;
+            }
+            Wake::Signal(number)
         } else {
             Wake::Deadline
         };

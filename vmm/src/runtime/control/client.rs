@@ -108,6 +108,14 @@ impl Client {
         self.ask(&Request::PowerButton).map(drop)
     }
 
+    /// Tells the machine that its guest is being asked to shut down, so that it has been stopped when it ends.
+    ///
+    /// # Errors
+    /// [`ControlError`]; a machine of an older version refuses.
+    pub fn stopping(&mut self) -> Result<(), ControlError> {
+        self.ask(&Request::Stopping).map(drop)
+    }
+
     /// Ends the machine at once.
     ///
     /// # Errors

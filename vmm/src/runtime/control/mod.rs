@@ -23,7 +23,7 @@ mod tests;
 
 pub use client::{Client, ControlError};
 pub use protocol::{Flow, Lease, Nic, Request, Status};
-pub use server::{Console, Control};
+pub use server::{Console, Control, StopAsked};
 
 /// Most clients at a time.
 pub const CLIENTS_MAX: usize = 32;

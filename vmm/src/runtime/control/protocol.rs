@@ -18,6 +18,8 @@ pub enum Request {
     Flows,
     /// Press the power button: the guest is asked to shut down.
     PowerButton,
+    /// The guest is being asked to shut down, in whatever way: its end is one that was asked for.
+    Stopping,
     /// End the machine at once.
     Kill,
     /// Attach to the console.

@@ -6,6 +6,8 @@ use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -61,6 +63,17 @@ impl Console {
     }
 }
 
+/// Whether somebody has asked for the machine's end, by `stopping` or `power-button`.
+#[derive(Clone, Debug, Default)]
+pub struct StopAsked(Arc<AtomicBool>);
+
+impl StopAsked {
+    /// Whether that was so by now.
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// The control socket of a machine that is yet to start.
 ///
 /// ```no_run
@@ -84,6 +97,7 @@ pub struct Control {
     listener: UnixListener,
     console: Option<Console>,
     nat: Option<(NatHandle, Mailbox)>,
+    stop_asked: StopAsked,
 }
 
 impl Control {
@@ -94,7 +108,12 @@ impl Control {
     pub fn bind(path: &Path) -> io::Result<Self> {
         let listener = UnixListener::bind(path)?;
         listener.set_nonblocking(true)?;
-        Ok(Self { listener, console: None, nat: None })
+        Ok(Self { listener, console: None, nat: None, stop_asked: StopAsked::default() })
+    }
+
+    /// Tells, also when the machine has ended, whether its end was asked for.
+    pub fn stop_asked(&self) -> StopAsked {
+        self.stop_asked.clone()
     }
 
     /// Lets clients attach to the console.
@@ -326,7 +345,12 @@ impl Server {
             }
             Request::Console { write } => Then::Attach { write: *write },
             Request::PowerButton => {
+                self.control.stop_asked.0.store(true, Ordering::Relaxed);
                 self.remote.power_button();
+                Then::Answer(json!({ "ok": true }))
+            }
+            Request::Stopping => {
+                self.control.stop_asked.0.store(true, Ordering::Relaxed);
                 Then::Answer(json!({ "ok": true }))
             }
             Request::Connect { port, guest } => Then::Join { guest: *guest, port: *port },

@@ -22,6 +22,7 @@ struct Machine {
     _dir: tempfile::TempDir,
     path: PathBuf,
     remote: Remote,
+    stop_asked: StopAsked,
     output: Tee<std::io::Sink>,
     typed: std::fs::File,
     stop: Arc<AtomicBool>,
@@ -49,6 +50,7 @@ impl Machine {
             None => control,
         };
         let remote = Remote::to_nothing();
+        let stop_asked = control.stop_asked();
         let worker = control.serve(remote.clone());
         let stop = Arc::new(AtomicBool::new(false));
         let until = Arc::clone(&stop);
@@ -61,7 +63,7 @@ impl Machine {
         });
         let typed = blocking(typed);
         let output = scrollback.tee(std::io::sink());
-        Self { _dir: dir, path, remote, output, typed, stop, thread: Some(thread) }
+        Self { _dir: dir, path, remote, stop_asked, output, typed, stop, thread: Some(thread) }
     }
 
     fn client(&self) -> Client {
@@ -113,6 +115,17 @@ fn refused<T: std::fmt::Debug>(result: Result<T, ControlError>) -> String {
     match result {
         Err(ControlError::Refused(why)) => why,
         other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn an_end_that_is_asked_for_is_remembered() {
+    for ask in [Client::stopping, Client::power_button] {
+        let machine = Machine::new();
+        machine.client().status().unwrap();
+        assert!(!machine.stop_asked.is_set());
+        ask(&mut machine.client()).unwrap();
+        assert!(machine.stop_asked.is_set() && machine.remote.exit_reason().is_none());
     }
 }
 
