@@ -9,6 +9,7 @@
 // Test support: a broken expectation is the test's failure, and skips are told to whoever watches.
 #![allow(clippy::panic, clippy::print_stderr, reason = "this crate is for tests only")]
 
+pub mod host;
 pub mod lan;
 mod skip;
 
@@ -18,6 +19,7 @@ use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use guest_images::{Image, Store};
@@ -25,10 +27,11 @@ use serde_json::Value;
 
 /// The `pontoon` binary: `PONTOON_BIN`, or the one that cargo built beside this test; built if it isn't there.
 pub fn pontoon() -> PathBuf {
-    if let Some(path) = std::env::var_os("PONTOON_BIN") {
-        return path.into();
-    }
-    build(&["--bin", "pontoon"], "pontoon")
+    static PONTOON: LazyLock<PathBuf> = LazyLock::new(|| match std::env::var_os("PONTOON_BIN") {
+        Some(path) => path.into(),
+        None => build(&["--bin", "pontoon"], "pontoon"),
+    });
+    PONTOON.clone()
 }
 
 /// An example program of the library, built if it isn't there.

@@ -108,10 +108,21 @@ fn a_guest_that_is_stopped_shuts_down_itself() {
         pontoon run debian -d --name a
         until_so sh -c 'pontoon logs a | grep "eth0 192.168.122"'
         pontoon stop --time 60 a
+        pontoon run debian -d --name b --memory 256M -- sh -c 'echo it works; exec sleep 600'
+        until_so sh -c 'pontoon logs b | grep "it works"'
+        pontoon stop --time 60 b
         pontoon ps -a
+        pontoon ps -a --json
     "#;
     let Some(output) = in_lab(script) else { return };
-    says(&output, &["ended (0): the guest powered off"]);
+    says(
+        &output,
+        &[
+            "stopped (0): the guest powered off, as it was asked to",
+            "stopped (143): the guest powered off, as it was asked to",
+            "\"stopped\":true",
+        ],
+    );
 }
 
 #[test]

@@ -3,101 +3,15 @@
 //! Each test has a runtime folder of its own, so tests don't see each other's machines.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::OwnedFd;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::process::{Child, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Output, Stdio};
 
-use pontoon_tests::{Pontoon, have_kvm, text};
-use rustix::fs::{Mode, OFlags, open};
-use rustix::process::{Pid, Signal, kill_process};
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use pontoon_tests::host::{Host, STAY, Terminal, free_port, pid, until};
+use pontoon_tests::{have_kvm, text};
+use rustix::process::{Signal, kill_process};
 use serde_json::Value;
-
-/// Orders of a probe that says a line and then stays until it is ended.
-const STAY: &str = "probe.do=static=192.168.122.9/24;wait=60000";
-
-/// A runtime folder; what still runs in it at the end is ended.
-struct Host {
-    dir: tempfile::TempDir,
-}
-
-impl Host {
-    fn new() -> Self {
-        Self { dir: tempfile::tempdir().expect("the temporary directory is writable") }
-    }
-
-    fn pontoon(&self, args: &[&str]) -> Pontoon {
-        let mut pontoon = Pontoon::new(args);
-        pontoon.command().env("XDG_RUNTIME_DIR", self.dir.path());
-        pontoon
-    }
-
-    fn run(&self, args: &[&str]) -> Output {
-        self.pontoon(args).output()
-    }
-
-    /// Standard output of a command that must end well.
-    #[track_caller]
-    fn ok(&self, args: &[&str]) -> String {
-        let output = self.run(args);
-        assert_eq!(output.status.code(), Some(0), "{args:?}\n{}", text(&output));
-        String::from_utf8_lossy(&output.stdout).into_owned()
-    }
-
-    /// A detached probe that stays.
-    #[track_caller]
-    fn detach(&self, flags: &[&str], orders: &str) -> String {
-        let head = ["run", "probe", "--accel", "kvm", "--memory", "64M", "--timeout", "120", "--detach"];
-        let words: Vec<_> = head.iter().chain(flags).chain(&["--cmdline", orders]).copied().collect();
-        self.ok(&words).trim().to_owned()
-    }
-
-    fn ps(&self, flags: &[&str]) -> Vec<Value> {
-        let words: Vec<_> = ["ps", "--json"].iter().chain(flags).copied().collect();
-        serde_json::from_str(&self.ok(&words)).expect("--json prints JSON")
-    }
-
-    fn folder(&self, name: &str) -> PathBuf {
-        self.dir.path().join("pontoon").join(name)
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        let output = self.run(&["ps", "--json"]);
-        let left: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap_or_default();
-        for machine in left {
-            self.run(&["kill", machine["name"].as_str().unwrap_or("?")]);
-        }
-    }
-}
-
-fn pid(machine: &Value) -> Pid {
-    let pid = machine["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
-    pid.and_then(Pid::from_raw).expect("a machine has a process")
-}
-
-/// A port of 127.0.0.1 on which nobody listens.
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("loopback has free ports");
-    listener.local_addr().expect("it is bound").port()
-}
-
-/// Tries until it is so.
-#[track_caller]
-fn until<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    loop {
-        if let Some(found) = attempt() {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "never: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
 
 #[test]
 fn a_detached_machine_is_listed_logged_and_killed() {
@@ -250,7 +164,7 @@ fn a_runtime_folder_that_cannot_be_used_stops_a_detached_machine_only() {
         return;
     }
     let host = Host::new();
-    let folder = host.dir.path().join("pontoon");
+    let folder = host.dir().join("pontoon");
     fs::create_dir(&folder).expect("a new directory is writable");
     fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).expect("it is ours");
     let args = ["run", "probe", "--accel", "kvm", "--memory", "64M", "--cmdline", "probe.do=end=5"];
@@ -271,30 +185,20 @@ fn a_runtime_folder_that_cannot_be_used_stops_a_detached_machine_only() {
     fs::set_permissions(&folder, fs::Permissions::from_mode(0o700)).expect("it is ours");
 }
 
-/// A foreground machine, once it is listed.
-fn in_the_foreground(host: &Host) -> (Child, Value) {
-    let args = ["run", "probe", "--accel", "kvm", "--memory", "64M", "--timeout", "120", "--cmdline", STAY];
-    let mut pontoon = host.pontoon(&args);
-    let child =
-        pontoon.command().stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("pontoon starts");
-    let machine = until("it runs", || host.ps(&[]).into_iter().find(|m| m["state"] == "running"));
-    (child, machine)
-}
-
 #[test]
 fn a_machine_in_the_foreground_is_listed_and_leaves_nothing() {
     if !have_kvm() {
         return;
     }
     let host = Host::new();
-    let (mut child, machine) = in_the_foreground(&host);
+    let (mut child, machine) = host.in_the_foreground();
     assert_eq!(machine["name"], "vm1");
     let logs = host.run(&["logs", "vm1"]);
     assert_eq!(logs.status.code(), Some(2), "{}", text(&logs));
     host.ok(&["kill", "vm1"]);
     assert_eq!(child.wait().expect("it ends").code(), Some(143));
     assert!(host.ps(&["-a"]).is_empty() && !host.folder("vm1").exists());
-    let (mut child, _) = in_the_foreground(&host);
+    let (mut child, _) = host.in_the_foreground();
     child.kill().expect("it is ours");
     child.wait().expect("it ends");
     assert!(host.ps(&["-a"]).is_empty() && !host.folder("vm1").exists());
@@ -306,14 +210,14 @@ fn a_detached_machine_keeps_nothing_of_its_starter_open() {
         return;
     }
     let host = Host::new();
-    let lock = host.dir.path().join("lock of a script");
+    let lock = host.dir().join("lock of a script");
     let flags = "--accel kvm --memory 64M --timeout 120 --name a";
     let script = format!(r#"exec 9>"$1"; "$2" run probe --detach {flags} --cmdline "$3""#);
     let output = std::process::Command::new("sh")
         .args(["-c", &script, "sh"])
         .args([lock.as_os_str(), pontoon_tests::pontoon().as_os_str(), STAY.as_ref()])
-        .env("XDG_RUNTIME_DIR", host.dir.path())
-        .current_dir(host.dir.path())
+        .env("XDG_RUNTIME_DIR", host.dir())
+        .current_dir(host.dir())
         .output()
         .expect("a shell starts");
     assert_eq!(output.status.code(), Some(0), "{}", text(&output));
@@ -359,27 +263,6 @@ fn following_a_log_ends_with_the_machine() {
     assert_eq!((verbs("\"boot\""), verbs("\"wait\"")), (1, 1), "{lines:?}");
 }
 
-/// Both ends of a new terminal.
-fn terminal() -> (fs::File, OwnedFd) {
-    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("there are terminals left");
-    grantpt(&master).and_then(|()| unlockpt(&master)).expect("it is ours");
-    let name = ptsname(&master, Vec::new()).expect("it has a name");
-    let slave = open(name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).expect("it is unlocked");
-    (master.into(), slave)
-}
-
-/// Reads from a terminal until `what` was there.
-#[track_caller]
-fn expect(terminal: &mut fs::File, what: &str) {
-    let mut seen = Vec::new();
-    while !String::from_utf8_lossy(&seen).contains(what) {
-        let mut chunk = [0; 4096];
-        let len = terminal.read(&mut chunk).unwrap_or(0);
-        assert!(len > 0, "the terminal ended before '{what}': {}", String::from_utf8_lossy(&seen));
-        seen.extend_from_slice(&chunk[..len]);
-    }
-}
-
 #[test]
 fn a_console_shows_what_was_said_and_is_left_without_harm() {
     if !have_kvm() {
@@ -387,16 +270,13 @@ fn a_console_shows_what_was_said_and_is_left_without_harm() {
     }
     let host = Host::new();
     host.detach(&["--name", "a"], STAY);
-    let (mut master, slave) = terminal();
-    let mut pontoon = host.pontoon(&["console", "a"]);
-    let copy = || Stdio::from(slave.try_clone().expect("there are descriptors left"));
-    let command = pontoon.command().stdin(copy()).stdout(copy()).stderr(copy());
-    let mut child = command.spawn().expect("pontoon starts");
-    expect(&mut master, "\"event\":\"boot\"");
+    let mut terminal = Terminal::new();
+    let mut child = terminal.start(host.pontoon(&["console", "a"]).command());
+    terminal.expect("\"event\":\"boot\"");
     // The key that stops a machine on its own terminal does not stop this one.
-    master.write_all(b"\x01x").expect("the terminal takes it");
-    expect(&mut master, "a goes on; ctrl-A d leaves it");
-    master.write_all(b"\x01d").expect("the terminal takes it");
+    terminal.master.write_all(b"\x01x").expect("the terminal takes it");
+    terminal.expect("a goes on; ctrl-A d leaves it");
+    terminal.master.write_all(b"\x01d").expect("the terminal takes it");
     assert_eq!(child.wait().expect("it ends").code(), Some(0));
     assert_eq!(host.ps(&[])[0]["state"], "running");
 }
@@ -414,7 +294,7 @@ fn a_console_ends_with_its_machine_and_a_foreground_machine_has_none_to_give() {
     assert!(lines.next().is_some_and(|line| line.is_ok_and(|line| line.contains("\"boot\""))));
     host.ok(&["kill", "a"]);
     assert_eq!(child.wait().expect("it ends").code(), Some(0));
-    let (mut child, _) = in_the_foreground(&host);
+    let (mut child, _) = host.in_the_foreground();
     let refused = host.run(&["console", "vm1"]);
     assert_eq!(refused.status.code(), Some(2), "{}", text(&refused));
     assert!(String::from_utf8_lossy(&refused.stderr).contains("terminal"));
@@ -439,7 +319,26 @@ fn a_guest_that_never_shuts_down_is_ended_when_its_time_is_up() {
     assert_eq!(err.matches("did not shut down in time").count(), 2, "{err}");
     assert!(err.contains("no machine called c"), "{err}");
     assert!(host.ps(&[]).is_empty());
+    for machine in host.ps(&["-a"]) {
+        assert_eq!((&machine["state"], &machine["exit"]["status"]), (&"stopped".into(), &143.into()));
+    }
     assert_eq!(host.run(&["stop", "a"]).status.code(), Some(2));
+}
+
+#[test]
+fn a_guest_that_ends_while_it_is_asked_to_was_stopped() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    host.detach(&["--name", "a"], "probe.do=static=192.168.122.9/24;wait=1500;end=reset");
+    host.ok(&["stop", "--time", "30", "a"]);
+    let a = &host.ps(&["-a"])[0];
+    assert_eq!(
+        (&a["state"], &a["exit"]["status"], &a["exit"]["stopped"]),
+        (&"stopped".into(), &0.into(), &true.into())
+    );
+    assert!(host.ok(&["ps", "-a"]).contains("stopped (0): the guest asked for a reset"));
 }
 
 #[test]
