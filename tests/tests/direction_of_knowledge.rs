@@ -2,6 +2,7 @@
 //! every program that embeds the library may use.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -106,6 +107,31 @@ const LEFT_TO_THE_LIBRARY: [(&str, &str); 6] = [
     ("with_request(", "vmm::machine::Guest::command"),
     ("DEFAULT_CMDLINE", "vmm::machine::Guest"),
 ];
+
+/// What tells a program nothing that it could act on. `anyhow` is the command's.
+const UNTYPED: [&str; 4] = ["anyhow::", "dyn Error", "dyn std::error::Error", ", String>"];
+
+#[test]
+fn the_librarys_errors_are_types() {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let product = |path: &PathBuf| {
+        let parts = path.strip_prefix(&top).into_iter().flat_map(Path::components);
+        !parts
+            .into_iter()
+            .any(|part| ["cli", "tests", "tests.rs"].map(OsStr::new).contains(&part.as_os_str()))
+    };
+    let ours = ["net", "devices", "guest-images", "vmm"].map(|name| sources(&top.join(name).join("src")));
+    let files: Vec<_> = ours.into_iter().flatten().filter(product).collect();
+    assert!(files.len() > 150, "{} files", files.len());
+    for path in files {
+        let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let code = text.lines().map(str::trim_start).filter(|line| !line.starts_with("//"));
+        // Maps have strings too.
+        for line in code.filter(|line| !line.contains("Map<")) {
+            assert!(!UNTYPED.iter().any(|word| line.contains(word)), "{}: {line}", path.display());
+        }
+    }
+}
 
 fn sources(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).expect("a folder of the repository").flatten();
