@@ -324,10 +324,11 @@ impl Archive {
         }
     }
 
-    /// How long ago the lists were downloaded completely; `None` when they never were.
+    /// How long ago the lists were downloaded completely, the longest if that was before the host's clock was set back; `None` when they
+    /// never were.
     fn lists_age(&self) -> Option<Duration> {
         let written = fs::metadata(apt::stamp(&self.dir)).ok()?.modified().ok()?;
-        Some(SystemTime::now().duration_since(written).unwrap_or_default())
+        Some(SystemTime::now().duration_since(written).unwrap_or(Duration::MAX))
     }
 
     fn resolve_and_download(

@@ -88,7 +88,7 @@ fn a_machine_that_is_ended_at_any_moment_leaves_nothing() {
         command.args(["--disk", &disk, "--cmdline", STAY]);
         command
     };
-    // The published port is free again at once.
+    // All of them publish the same port, which is therefore free again at once.
     at_any_moment(&host, (1, 40), start, || {});
 }
 

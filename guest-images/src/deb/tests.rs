@@ -70,6 +70,17 @@ fn the_hosts_suite_is_read_from_os_release() {
     assert!(matches!("sid".parse::<Suite>(), Err(Error::UnknownSuite(_))));
 }
 
+#[test]
+fn lists_that_are_older_than_the_clock_is_are_renewed() {
+    let cache = tempfile::tempdir().unwrap();
+    let archive = Archive::open(cache.path(), Suite::Bookworm).unwrap();
+    assert_eq!(archive.lists_age(), None);
+    let stamp = fs::File::create(apt::stamp(&archive.dir)).unwrap();
+    assert!(archive.lists_age().unwrap() < LISTS_AGE);
+    stamp.set_modified(SystemTime::now() + Duration::from_secs(365 * 86_400)).unwrap();
+    assert!(archive.lists_age().unwrap() > LISTS_AGE);
+}
+
 /// A cache in which the request for `hello` was answered before.
 fn remembering(cache: &Path) -> (Archive, PathBuf) {
     let archive = Archive::open(cache, Suite::Bookworm).unwrap();
