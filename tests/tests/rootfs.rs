@@ -88,7 +88,8 @@ fn boot_by_name(built: &Built, kernel: &str, archive: bool) {
     }
     // Power-off ends the command.
     machine.ssh("systemctl poweroff");
-    assert_eq!(machine.wait_for_end(), Some(0), "{}", machine.said());
+    let status = machine.wait_for_end();
+    assert_eq!(status, Some(0), "it ended with {status:?}\n{}", machine.said());
     let after = fs::metadata(&disk).and_then(|meta| meta.modified()).expect("it is there");
     assert_eq!(after, before, "a machine wrote to its image");
     image.verify().expect("it is as it was built");
