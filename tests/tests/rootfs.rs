@@ -178,7 +178,7 @@ fn a_partitioned_disk_boots_with_the_kernel_in_it_and_nc_leads_ssh_there() {
     let (size, rest) = rest.split_once('\n').expect("a size");
     assert!(size.parse::<u64>().is_ok_and(|size| size > 5 << 29), "{size}");
     assert!(rest.starts_with("status 42\n"), "{rest}");
-    assert!(rest.contains("ended (0): the guest powered off"), "{rest}\n{errors}");
+    assert!(rest.contains("stopped (0): the guest powered off, as it was asked to"), "{rest}\n{errors}");
 }
 
 #[test]
