@@ -35,6 +35,8 @@ struct State {
     counters: Counters,
     /// The other end of the port's fd: a byte in it is input, room in it is output.
     far: UnixDatagram,
+    /// The port's own, to be hung up.
+    near: Option<UnixDatagram>,
 }
 
 /// The test's hand on a [`ScriptedPort`].
@@ -75,6 +77,7 @@ impl ScriptedPort {
             link_up: true,
             counters: Counters::default(),
             far,
+            near: Some(near.try_clone()?),
         }));
         let script = Script(Arc::clone(&state));
         Ok((Self { near, offloads, mtu: 1500, state }, script))
@@ -82,6 +85,15 @@ impl ScriptedPort {
 }
 
 impl Script {
+    /// From now on the port's fd reports a hang-up, for ever.
+    ///
+    /// # Panics
+    /// When the host refuses.
+    pub fn hang_up(&self) {
+        let near = lock(&self.0).near.take().expect("it hangs up once");
+        near.shutdown(std::net::Shutdown::Both).expect("it is connected");
+    }
+
     /// Takes the frames that the NIC has sent.
     pub fn take_sent(&self) -> Vec<Frame> {
         std::mem::take(&mut lock(&self.0).sent)

@@ -97,6 +97,10 @@ impl NetWorker {
         let mut path = shared.lock();
         let Path { port, active } = &mut *path;
         let state = active.as_mut()?;
+        if !state.started {
+            // A new driver: the port gets another chance.
+            self.port_errors = 0;
+        }
         let mut turn = Turn::default();
         let result = dispatch(state, port.as_mut(), &shared, &mut self.scratch, &mut turn, (token, set));
         shared.counters.add(&turn);

@@ -80,6 +80,29 @@ fn without_a_driver_the_port_is_left_alone() {
 }
 
 #[test]
+fn a_port_that_hangs_up_is_left_alone_until_the_next_driver() {
+    let mut lab = Lab::started(0);
+    lab.post(DATA, 1526);
+    lab.guest.kick_and_run(RX);
+    lab.script.hang_up();
+    let turns = |lab: &mut Lab| (0..100).take_while(|_| lab.guest.run_once() > 0).count();
+    assert_eq!(turns(&mut lab), 16, "asked some times, then no more");
+    lab.guest.start(0);
+    lab.post(DATA, 1526);
+    lab.guest.put(STATUS, 0);
+    lab.guest.run();
+    assert!(lab.guest.negotiate(F_VERSION_1));
+    for queue in [RX, TX] {
+        let ring = &lab.guest.queues[queue];
+        let (size, desc, avail, used) = (ring.size.into(), ring.desc, ring.avail, ring.used);
+        lab.guest.describe_queue(queue, size, desc, avail, used);
+        assert!(lab.guest.make_ready());
+    }
+    lab.guest.put(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+    assert!(turns(&mut lab) >= 16, "the new driver's port is asked again");
+}
+
+#[test]
 fn a_frame_that_waits_for_the_port_is_gone_after_a_reset() {
     let mut lab = Lab::started(0);
     lab.script.fill();
