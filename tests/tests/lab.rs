@@ -86,6 +86,18 @@ fn files_go_in_and_out_unchanged() {
     assert_eq!(fs::read_link(back.join("link")).unwrap(), PathBuf::from("sub/data"));
 }
 
+/// Without it, Linux patches its scheduler whenever a first machine comes or a last one goes, and an emulator that translates what is being
+/// patched stands still, once in a hundred machines (docs/lab.md, "Limits of the emulator").
+#[test]
+fn a_virtual_machine_that_never_runs_keeps_kvm_in_use() {
+    let Some(mut lab) = lab() else { return };
+    let output = lab.output(&run(["ls", "-l", "/proc/1/fd"])).unwrap();
+    let open = text(&output);
+    for held in ["anon_inode:kvm-vm", "anon_inode:kvm-vcpu:0"] {
+        assert!(open.lines().any(|file| file.ends_with(held)), "init does not hold {held}:\n{open}");
+    }
+}
+
 #[test]
 fn a_missing_file_is_named() {
     let Some(mut lab) = lab() else { return };

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
+use std::{io, mem};
 
 use rustix::mount::{MountFlags, mount, mount_move};
 use rustix::time::{ClockId, Timespec, clock_settime};
@@ -34,7 +35,26 @@ pub(crate) fn prepare() -> Result<Vec<Module>, Error> {
                 .context(|| format!("open {device} to everybody"))?;
         }
     }
+    keep_kvm_in_use()?;
     Ok(late)
+}
+
+/// Makes a virtual machine that is never run and never goes away.
+///
+/// With the first machine that appears and the last one that goes, Linux patches its scheduler (the static key of preemption
+/// notifiers), and with each LAPIC that is enabled it may patch KVM. QEMU 7.2 translates code without holding its page: a
+/// CPU that reads such an instruction while another one patches it may keep the `int3` of the patch for ever, and the whole
+/// lab stands still (`docs/lab.md`). While this machine is there, nothing of that is patched.
+fn keep_kvm_in_use() -> Result<(), Error> {
+    let kvm = match File::options().read(true).write(true).open("/dev/kvm") {
+        Ok(kvm) => kvm,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).context(|| "open /dev/kvm".into()),
+    };
+    let descriptors = sys::idle_machine(&kvm).context(|| "make a virtual machine that stays".into())?;
+    // PID 1 has them until the machine ends.
+    mem::forget(descriptors);
+    Ok(())
 }
 
 /// Loads modules in their order.

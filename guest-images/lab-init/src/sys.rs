@@ -1,7 +1,8 @@
 //! The system calls that have no safe wrapper.
-#![allow(unsafe_code, reason = "NIC ioctls and the child's set-up between fork and exec")]
+#![allow(unsafe_code, reason = "NIC and KVM ioctls, and the child's set-up between fork and exec")]
 
 use std::ffi::CString;
+use std::fs::File;
 use std::io;
 use std::mem;
 use std::net::Ipv4Addr;
@@ -54,6 +55,33 @@ pub(crate) fn add_default_route(gateway: Ipv4Addr) -> io::Result<()> {
     // SAFETY: SIOCADDRT reads one rtentry, and `route` is one that outlives the call.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCADDRT, &raw const route) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// `KVM_CREATE_VM`, `KVM_CREATE_VCPU`, `KVM_CREATE_IRQCHIP`: `_IO(0xAE, n)` of <linux/kvm.h>.
+const KVM_CREATE_VM: libc::Ioctl = 0xAE01;
+const KVM_CREATE_VCPU: libc::Ioctl = 0xAE41;
+const KVM_CREATE_IRQCHIP: libc::Ioctl = 0xAE60;
+
+/// Makes a virtual machine with interrupt controllers and one vCPU, which never runs. It lives as long as both descriptors.
+pub(crate) fn idle_machine(kvm: &File) -> io::Result<[OwnedFd; 2]> {
+    let vm = new_descriptor(kvm, KVM_CREATE_VM)?;
+    // SAFETY: this request has no argument.
+    if unsafe { libc::ioctl(vm.as_raw_fd(), KVM_CREATE_IRQCHIP, 0) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let vcpu = new_descriptor(&vm, KVM_CREATE_VCPU)?;
+    Ok([vm, vcpu])
+}
+
+/// One of KVM's requests that answer with a descriptor; their argument, a type or a number, is 0 here.
+fn new_descriptor(of: &impl AsRawFd, request: libc::Ioctl) -> io::Result<OwnedFd> {
+    // SAFETY: both requests take an integer, no pointer.
+    let fd = unsafe { libc::ioctl(of.as_raw_fd(), request, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn control_socket() -> io::Result<OwnedFd> {
