@@ -122,6 +122,25 @@ fn an_overlay_leaves_no_name_and_takes_no_room_until_it_is_written() {
 }
 
 #[test]
+fn zeros_that_are_written_end_where_they_shall() {
+    let file = tempfile::tempfile().unwrap();
+    // Less than a row, whole rows, and more than one call takes.
+    for (at, len) in [(1, 7), (512, 4096), (100, 5000), (4095, (2 << 20) + 4097)] {
+        let size = at + len + 3;
+        file.write_all_at(&vec![7; size], 0).unwrap();
+        raw::write_zeros(&file, at as u64, len as u64).unwrap();
+        let mut bytes = vec![1; size];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        let zeros = bytes.iter().filter(|&&byte| byte == 0).count();
+        assert_eq!(
+            (zeros, &bytes[..at], &bytes[at + len..]),
+            (len, &vec![7; at][..], &[7; 3][..]),
+            "{at} {len}"
+        );
+    }
+}
+
+#[test]
 fn zeroing_touches_nothing_beside_its_range() {
     let file = tempfile::tempfile().unwrap();
     file.write_all_at(&[7; 8192], 0).unwrap();
