@@ -134,8 +134,7 @@ impl Maker<'_> {
         let whole = fs::read_to_string(self.dir.join("digest")).is_ok_and(|digest| digest == hex(&state))
             && fs::metadata(self.dir.join("memory"))
                 .is_ok_and(|memory| memory.len() == u64::from(self.config.memory_mib) << 20)
-            && self.base.join("initrd").is_file()
-            && self.base.join("kernel").is_file();
+            && self.has_base();
         Ok(whole.then(|| Snapshot {
             dir: self.dir.to_owned(),
             base: self.base.to_owned(),
@@ -149,11 +148,20 @@ impl Maker<'_> {
 
     fn make_base_unless_there(&self, progress: &mut dyn Progress) -> Result<(), LabError> {
         let lock = lock_file(self.base)?;
-        lock.lock().map_err(at("lock", self.base))?;
-        if self.base.join("initrd").is_file() && self.base.join("kernel").is_file() {
+        // Every run holds it shared as long as it lasts, and nobody shall wait for those only to look.
+        lock.lock_shared().map_err(at("lock", self.base))?;
+        if self.has_base() {
+            return Ok(());
+        }
+        lock.unlock().and_then(|()| lock.lock()).map_err(at("lock", self.base))?;
+        if self.has_base() {
             return Ok(());
         }
         self.make_base_locked(Freshness::Remembered, progress)
+    }
+
+    fn has_base(&self) -> bool {
+        self.base.join("initrd").is_file() && self.base.join("kernel").is_file()
     }
 
     fn make_base(&self, progress: &mut dyn Progress) -> Result<(), LabError> {
@@ -360,5 +368,31 @@ fn wait_for_ready(machine: &mut Machine) -> Result<(), LabError> {
             }
             None => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_that_lasts_keeps_nobody_from_another_outer_machine_on_the_same_base() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().join("base-0");
+        fs::create_dir(&base).unwrap();
+        for file in ["kernel", "initrd"] {
+            fs::write(base.join(file), "").unwrap();
+        }
+        let run = lock_file(&base).unwrap();
+        run.lock_shared().unwrap();
+        let config = Config::new(dir.path().to_owned());
+        let maker = Maker {
+            config: &config,
+            program: Path::new("qemu"),
+            base: &base,
+            dir: &dir.path().join("machine-0"),
+        };
+        // Would wait for the end of the run, and so for ever.
+        maker.make_base_unless_there(&mut guest_images::Silent).unwrap();
     }
 }
