@@ -6,7 +6,7 @@
 //!   NIC of vm3 ── SwitchPort ─┘
 //! ```
 //!
-//! `--net nat:NAME` is this with the NAT as the uplink: the machines see each other and share one way out.
+//! With the NAT as the uplink, the machines of one program see each other and share one way out (`vmm::network::Network`).
 //!
 //! **Frames between ports** are copied once into the receiver's queue and once into its guest's buffers. A queue holds
 //! [`QUEUE_FRAMES`] frames and [`QUEUE_BYTES`] bytes; what does not fit is a drop with a counter, as on any switch:
@@ -75,9 +75,7 @@ pub enum PlugError {
     #[error("the address {0} is in use on this network; give this machine another name or --mac")]
     InUse(MacAddr),
     /// There are [`MAX_PORTS`] ports.
-    #[error(
-        "this network has {MAX_PORTS} machines, which is its limit; start another network: --net nat:NAME"
-    )]
+    #[error("this network has {MAX_PORTS} machines, which is its limit; make another network for more")]
     Full,
     /// No descriptors for it.
     #[error("could not make a port of the virtual switch: {0}; raise the limit of open files (ulimit -n)")]
