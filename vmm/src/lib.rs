@@ -6,7 +6,7 @@
 //! |---|---|
 //! | [`machine`] | [`Machine::builder`](machine::Machine::builder), a running machine, why it ended: begin here |
 //! | [`kvm`] | what this host's KVM is, and the virtual machine behind a machine |
-//! | [`boot`], [`acpi`], [`cpuid`], [`layout`], [`memory`] | what a kernel finds when it starts |
+//! | [`boot`], [`cpuid`], [`layout`], [`memory`] | what a kernel finds when it starts |
 //! | [`agent`] | commands and files in a running machine, through a small program in the guest |
 //! | [`console`] | a terminal in raw mode, its escape, serial input |
 //! | [`runtime`] | the folder in which a user's machines are found, and who lives in it |
@@ -18,7 +18,7 @@
 //! [`net::nat::Nat`] or [`net::tap::TapPort`]), [`devices`] the disks, [`guest_images`] the images. A [`MachineBuilder::worker`](machine::MachineBuilder::worker) is written
 //! for [`event_manager`], which comes along too.
 
-pub use {devices, event_manager, guest_images, net};
+pub use {devices, event_manager, guest_images, net, vm_memory};
 
 /// The programs in the documents.
 #[cfg(doctest)]
@@ -26,7 +26,7 @@ pub use {devices, event_manager, guest_images, net};
 #[doc = include_str!("../../docs/library.md")]
 struct Documents;
 
-pub mod acpi;
+mod acpi;
 pub mod agent;
 pub mod boot;
 pub mod console;

@@ -31,14 +31,22 @@ const OEM_REVISION: u32 = 1;
 
 /// What the tables tell of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hardware {
+pub(crate) struct Hardware {
     /// vCPUs, 1 to 254; their APIC ids count from 0.
-    pub cpus: u8,
+    pub(crate) cpus: u8,
     /// virtio-mmio devices, at the addresses and lines of [`layout`].
-    pub virtio_devices: usize,
+    pub(crate) virtio_devices: usize,
 }
 
 /// Why the tables could not be written.
+///
+/// ```
+/// use vmm::machine::{AcpiError, BuildError};
+///
+/// let error = BuildError::from(AcpiError::TooLarge(200_000));
+/// assert!(matches!(error, BuildError::Acpi(AcpiError::TooLarge(_))));
+/// assert!(error.to_string().ends_with("give the machine fewer vCPUs"));
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum AcpiError {
     /// They are longer than their area.
@@ -82,7 +90,7 @@ fn tables(hardware: Hardware) -> Vec<Placed> {
 ///
 /// # Errors
 /// [`AcpiError`], when they do not fit.
-pub fn write(memory: &GuestMemory, hardware: Hardware) -> Result<(), AcpiError> {
+pub(crate) fn write(memory: &GuestMemory, hardware: Hardware) -> Result<(), AcpiError> {
     let tables = tables(hardware);
     let end = tables.iter().map(|table| table.at + table.bytes.len() as u64).max().unwrap_or(layout::ACPI);
     if end > layout::ACPI_END {

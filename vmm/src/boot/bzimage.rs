@@ -26,6 +26,20 @@ const ENTRY_64: u64 = 0x200;
 const SECTOR: u64 = 512;
 
 /// Why a bzImage was refused.
+///
+/// ```
+/// use vmm::boot::{BootError, BootSource, BzImageError, Kernel, KernelError, load};
+///
+/// // "HdrS" at 0x202, and nothing behind it.
+/// let mut cut = vec![0; 0x206];
+/// cut[0x202..].copy_from_slice(b"HdrS");
+/// let kernel = Kernel::Bytes(cut.into());
+/// let memory = vmm::memory::allocate(64 << 20)?;
+/// let refused = load(&memory, &BootSource { kernel: &kernel, initrd: None, cmdline: "" });
+/// let Err(BootError::Kernel(KernelError::BzImage { source, .. })) = refused else { panic!() };
+/// assert!(matches!(source, BzImageError::Truncated(_)));
+/// # Ok::<(), vmm::memory::MemoryError>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum BzImageError {
     /// The image ends within its header.

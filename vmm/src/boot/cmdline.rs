@@ -7,6 +7,18 @@ use crate::layout::{CMDLINE, CMDLINE_MAX};
 use crate::memory::GuestMemory;
 
 /// Why a command line was refused.
+///
+/// ```
+/// use vmm::boot::{BootError, BootSource, CmdlineError, Kernel, load};
+///
+/// let memory = vmm::memory::allocate(64 << 20)?;
+/// let kernel = Kernel::Bytes(vmm::guest_images::PROBE.into());
+/// let with = |cmdline| load(&memory, &BootSource { kernel: &kernel, initrd: None, cmdline });
+/// assert!(with("console=ttyS0 quiet").is_ok());
+/// let refused = with("quiet\n");
+/// assert!(matches!(refused, Err(BootError::Cmdline(CmdlineError::ControlCharacter(b'\n', 5)))));
+/// # Ok::<(), vmm::memory::MemoryError>(())
+/// ```
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum CmdlineError {
     /// Longer than the kernel takes.

@@ -7,6 +7,14 @@ use crate::layout::{ACPI, HIGH_RAM, LOW_RAM_END, RESERVED_END};
 use crate::memory::ranges;
 
 /// What a range of addresses is, with the numbers of the e820 map.
+///
+/// ```
+/// use vmm::boot::{E820Kind, e820_map};
+///
+/// let ram: u64 = e820_map(1 << 30).iter().filter(|entry| entry.kind == E820Kind::Ram).map(|entry| entry.size).sum();
+/// // All but 385 KiB, the room for firmware below 1 MiB.
+/// assert_eq!((1 << 30) - ram, 385 << 10);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum E820Kind {
@@ -17,6 +25,14 @@ pub enum E820Kind {
 }
 
 /// One range.
+///
+/// ```
+/// use vmm::boot::{E820Entry, E820Kind, e820_map};
+///
+/// // What 4 GiB of RAM have beyond the hole for devices lies above 4 GiB.
+/// let last = E820Entry { addr: 4 << 30, size: 1 << 30, kind: E820Kind::Ram };
+/// assert_eq!(e820_map(4 << 30).last(), Some(&last));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct E820Entry {
     /// First address.

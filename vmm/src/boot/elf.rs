@@ -25,6 +25,21 @@ const EM_X86_64: u16 = 62;
 const IDENT: [u8; 3] = [2, 1, 1];
 
 /// Why an ELF was refused.
+///
+/// ```
+/// use vmm::boot::{BootError, BootSource, ElfError, Kernel, KernelError, load};
+///
+/// // A program of this host's: 64 bits, x86-64, but position-independent, or in need of more than there is.
+/// let mut elf = vec![0; 64];
+/// elf[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+/// (elf[16], elf[18], elf[20]) = (3, 62, 1); // ET_DYN, EM_X86_64
+/// let kernel = Kernel::Bytes(elf.into());
+/// let memory = vmm::memory::allocate(64 << 20)?;
+/// let refused = load(&memory, &BootSource { kernel: &kernel, initrd: None, cmdline: "" });
+/// let Err(BootError::Kernel(KernelError::Elf { source, .. })) = refused else { panic!() };
+/// assert!(matches!(source, ElfError::NotStatic(3)));
+/// # Ok::<(), vmm::memory::MemoryError>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum ElfError {
     /// The image ends within its headers.

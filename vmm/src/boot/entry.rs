@@ -12,6 +12,14 @@ use crate::layout::{BOOT_STACK_TOP, GDT, PAGE_TABLES, ZERO_PAGE};
 use crate::memory::GuestMemory;
 
 /// Where a kernel starts.
+///
+/// ```
+/// use vmm::boot::{Entry, initial_regs};
+///
+/// let registers = initial_regs(Entry { rip: 0x100_0200 });
+/// assert_eq!((registers.rip, registers.rflags), (0x100_0200, 2)); // interrupts are off
+/// assert_eq!(registers.rsi, vmm::layout::ZERO_PAGE); // where Linux looks for boot_params
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Guest physical (and, identity-mapped, virtual) address of the first instruction.
@@ -29,7 +37,7 @@ const RFLAGS: u64 = 2;
 
 /// A flat segment of the boot GDT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
+struct Segment {
     selector: u16,
     /// Access byte: present, DPL 0, type.
     access: u8,

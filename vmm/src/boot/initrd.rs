@@ -20,6 +20,19 @@ pub(crate) struct Initrd {
 }
 
 /// Why an initrd was not loaded.
+///
+/// ```
+/// use vmm::boot::{BootError, BootSource, InitrdError, Kernel, load};
+///
+/// let kernel = Kernel::Bytes(vmm::guest_images::PROBE.into());
+/// let memory = vmm::memory::allocate(64 << 20)?;
+/// let with = |initrd: &Kernel| load(&memory, &BootSource { kernel: &kernel, initrd: Some(initrd), cmdline: "" });
+/// let missing = with(&Kernel::from("/no/such/initrd"));
+/// assert!(matches!(missing, Err(BootError::Initrd(InitrdError::Open { .. }))));
+/// let large = with(&Kernel::Bytes(vec![0; 80 << 20].into()));
+/// assert!(matches!(large, Err(BootError::Initrd(InitrdError::TooLarge { .. }))));
+/// # Ok::<(), vmm::memory::MemoryError>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum InitrdError {
     /// The file could not be opened.

@@ -34,6 +34,16 @@ impl<P: Into<PathBuf>> From<P> for Kernel {
 }
 
 /// What kind of kernel was found.
+///
+/// ```
+/// use vmm::boot::{BootSource, Kernel, KernelFormat, load};
+///
+/// let memory = vmm::memory::allocate(64 << 20)?;
+/// let kernel = Kernel::Bytes(vmm::guest_images::PROBE.into());
+/// let (_, format) = load(&memory, &BootSource { kernel: &kernel, initrd: None, cmdline: "" })?;
+/// assert_eq!(format, KernelFormat::Elf);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KernelFormat {
     /// A Linux bzImage, entered by the 64-bit boot protocol.
@@ -43,6 +53,17 @@ pub enum KernelFormat {
 }
 
 /// Why a kernel was not loaded.
+///
+/// ```
+/// use vmm::boot::{BootError, BootSource, Kernel, KernelError, load};
+///
+/// let memory = vmm::memory::allocate(64 << 20)?;
+/// let packed = Kernel::Bytes(b"\x1f\x8b".as_slice().into());
+/// let refused = load(&memory, &BootSource { kernel: &packed, initrd: None, cmdline: "" });
+/// let Err(BootError::Kernel(KernelError::NotAKernel { found, advice, .. })) = refused else { panic!() };
+/// assert_eq!((found, advice), ("it is gzip data", "unpack it with gunzip first"));
+/// # Ok::<(), vmm::memory::MemoryError>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// The file could not be opened.

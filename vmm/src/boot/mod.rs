@@ -28,7 +28,7 @@ pub use bzimage::BzImageError;
 pub use cmdline::CmdlineError;
 pub use e820::{E820Entry, E820Kind, e820_map};
 pub use elf::ElfError;
-pub use entry::{Entry, Segment, initial_regs, initial_sregs};
+pub use entry::{Entry, initial_regs, initial_sregs};
 pub use initrd::InitrdError;
 pub use kernel::{Kernel, KernelError, KernelFormat};
 pub use paging::IDENTITY_MAPPED;
@@ -36,6 +36,19 @@ pub use paging::IDENTITY_MAPPED;
 use crate::memory::GuestMemory;
 
 /// What is to be booted.
+///
+/// ```
+/// use vmm::boot::{BootSource, Kernel, load};
+/// use vmm::vm_memory::{Bytes, GuestAddress};
+///
+/// let memory = vmm::memory::allocate(64 << 20)?;
+/// let kernel = Kernel::Bytes(vmm::guest_images::PROBE.into());
+/// let (entry, _) = load(&memory, &BootSource { kernel: &kernel, initrd: None, cmdline: "quiet" })?;
+/// let mut line = [0; 6];
+/// memory.read_slice(&mut line, GuestAddress(vmm::layout::CMDLINE))?;
+/// assert_eq!((&line, entry.rip >= 1 << 20), (b"quiet\0", true));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct BootSource<'a> {
     /// The kernel image.
@@ -47,6 +60,16 @@ pub struct BootSource<'a> {
 }
 
 /// Why a machine could not be prepared for booting.
+///
+/// ```
+/// use vmm::boot::{BootError, BootSource, Kernel, KernelError, load};
+///
+/// let memory = vmm::memory::allocate(64 << 20)?;
+/// let kernel = Kernel::from("/no/such/vmlinuz");
+/// let refused = load(&memory, &BootSource { kernel: &kernel, initrd: None, cmdline: "" });
+/// assert!(matches!(refused, Err(BootError::Kernel(KernelError::Open { .. }))));
+/// # Ok::<(), vmm::memory::MemoryError>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// The kernel image.

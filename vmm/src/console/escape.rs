@@ -4,6 +4,19 @@
 const PREFIX: u8 = 0x01;
 
 /// What a typed byte means.
+///
+/// ```
+/// use vmm::console::{Escape, Key};
+///
+/// let mut escape = Escape::default();
+/// escape.key(0x01);
+/// assert_eq!(escape.key(b'x'), Key::Quit);
+/// // Ctrl-A Ctrl-A is one Ctrl-A for the guest; behind any other key, both go there.
+/// escape.key(0x01);
+/// assert_eq!(escape.key(0x01).bytes(), b"\x01");
+/// escape.key(0x01);
+/// assert_eq!(escape.key(b'd').bytes(), b"\x01d");
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Key {
     /// Send these bytes to the guest: none, one or two.

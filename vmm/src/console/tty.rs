@@ -8,6 +8,16 @@ use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 use super::sys;
 
 /// Why a terminal was not put into raw mode.
+///
+/// ```no_run
+/// use vmm::console::{RawMode, TtyError};
+///
+/// let terminal = RawMode::enter(std::io::stdin())?.expect("standard input is a terminal");
+/// assert!(matches!(RawMode::enter(std::io::stdin()), Err(TtyError::Busy)));
+/// drop(terminal);
+/// RawMode::enter(std::io::stdin())?;
+/// # Ok::<(), TtyError>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum TtyError {
     /// A system call failed.

@@ -42,6 +42,17 @@ const CMP_LEGACY: u32 = 1 << 1;
 const SIGNIFICANT_INDEX: u32 = 1;
 
 /// What makes one vCPU's CPUID differ from the host's.
+///
+/// ```
+/// use vmm::cpuid::{Identity, for_vcpu};
+///
+/// // The second of four, under a KVM that supports nothing at all.
+/// let identity = Identity { id: 1, cpus: 4, tsc_khz: 2_600_000, tsc_deadline: true };
+/// let told = for_vcpu(&[], identity);
+/// // The timing leaf is ours, whatever the host has: the TSC's frequency in kHz.
+/// let timing = told.as_slice().last().unwrap();
+/// assert_eq!((timing.function, timing.eax), (0x4000_0010, 2_600_000));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity {
     /// This vCPU's APIC id.

@@ -37,6 +37,14 @@ const NEEDED: [(Cap, &str); 9] = [
 ];
 
 /// The processor feature behind a hardware KVM.
+///
+/// ```
+/// use vmm::kvm::{Accel, KvmKind};
+///
+/// let kind = KvmKind::Hardware(Accel::Svm);
+/// assert!(kind.is_usable() && kind.runs_linux());
+/// assert!(!KvmKind::Software("no svm in /proc/cpuinfo".into()).runs_linux());
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accel {
     /// Intel VT-x.
@@ -105,6 +113,15 @@ pub struct Host {
 }
 
 /// Why KVM cannot be used here.
+///
+/// ```
+/// use vmm::kvm::{HostError, KvmKind};
+///
+/// // What a builder is refused with, Host::kind tells beforehand.
+/// let error = HostError::Absent("run: modprobe kvm_amd".into());
+/// assert_eq!(error.to_string(), "there is no /dev/kvm: run: modprobe kvm_amd");
+/// assert_eq!(KvmKind::from(error), KvmKind::Absent("run: modprobe kvm_amd".into()));
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
     /// No `/dev/kvm`.

@@ -16,6 +16,17 @@ use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS};
 use crate::memory::GuestMemory;
 
 /// Why KVM refused something.
+///
+/// ```no_run
+/// use vmm::kvm::{HostError, Vm, VmError};
+///
+/// match Vm::new(vmm::memory::allocate(64 << 20)?, 1) {
+///     Ok(_) => println!("KVM works"),
+///     Err(VmError::Host(HostError::Forbidden(advice))) => println!("{advice}"),
+///     Err(other) => println!("{other}"), // each says what to do
+/// }
+/// # Ok::<(), vmm::memory::MemoryError>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
     /// KVM cannot be used.
@@ -55,6 +66,17 @@ pub(crate) fn ioctl<T>(what: &'static str, result: Result<T, kvm_ioctls::Error>)
 }
 
 /// An interrupt line: an eventfd that KVM turns into an edge at a pin of the I/O APIC.
+///
+/// ```no_run
+/// use vmm::devices::IrqLine;
+/// use vmm::kvm::Vm;
+///
+/// let vm = Vm::new(vmm::memory::allocate(64 << 20)?, 1)?;
+/// // The line of the first virtio device: an edge, however often it is raised before the guest looks.
+/// let line = vm.irq_line(vmm::layout::virtio_gsi(0))?;
+/// line.raise();
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct IrqFd(EventFd);
 
@@ -66,6 +88,17 @@ impl IrqLine for IrqFd {
 }
 
 /// A virtual machine. Fields drop in order: the VM before the memory that it was given.
+///
+/// ```no_run
+/// use vmm::kvm::{Vm, VmError};
+/// use vmm::vm_memory::GuestMemoryBackend;
+///
+/// let vm = Vm::new(vmm::memory::allocate(64 << 20)?, 1)?;
+/// assert_eq!(vm.memory().num_regions(), 1); // two, where there is RAM beyond the hole below 4 GiB
+/// let refused = Vm::new(vmm::memory::allocate(64 << 20)?, 0);
+/// assert!(matches!(refused, Err(VmError::Cpus { asked: 0, .. })));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Vm {
     fd: VmFd,
     kvm: &'static Kvm,

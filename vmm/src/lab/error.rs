@@ -4,6 +4,17 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 /// Why a command was not run in the lab, or not to its end.
+///
+/// ```no_run
+/// use vmm::guest_images::Silent;
+/// use vmm::lab::{Config, Lab, LabError};
+///
+/// let mut lab = match Lab::prepare(&Config::new("/var/cache/pontoon"), &mut Silent) {
+///     // A test that skips itself there says so.
+///     Err(LabError::QemuMissing) => return,
+///     lab => lab.expect("the outer machine"),
+/// };
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum LabError {
     /// The emulator is not installed.

@@ -67,6 +67,17 @@ use snapshot::Snapshot;
 pub const UNPRIVILEGED: u32 = 1000;
 
 /// What the outer machine is made of.
+///
+/// ```
+/// use vmm::guest_images::Silent;
+/// use vmm::lab::{Config, Lab, LabError};
+///
+/// let config = Config { memory_mib: 1024, packages: vec!["passt".into()], ..Config::new("/var/cache/pontoon") };
+/// assert_eq!((config.cpus, config.renew), (2, false));
+/// // Limits are looked at before anything is fetched.
+/// let refused = Lab::prepare(&Config { cpus: 9, ..config }, &mut Silent);
+/// assert!(matches!(refused, Err(LabError::Config(_))));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Where downloads, images and snapshots are kept; they go to `apt/` and `lab/` below it.
@@ -103,6 +114,16 @@ pub fn default_cache() -> Option<PathBuf> {
 }
 
 /// A port of this host that leads into the outer machine.
+///
+/// ```
+/// use std::net::Ipv4Addr;
+///
+/// use vmm::lab::{Forward, Run};
+///
+/// let mut run = Run::new(["busybox", "httpd", "-f", "-p", "80"]);
+/// // http://127.0.0.1:8080/ on this host, for as long as the command runs.
+/// run.publish.push(Forward { udp: false, address: Ipv4Addr::LOCALHOST, host: 8080, lab: 80 });
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Forward {
     /// UDP instead of TCP.
@@ -119,6 +140,14 @@ pub struct Forward {
 pub const MAX_DISKS: usize = 4;
 
 /// A file of this host that is a disk in the lab.
+///
+/// ```
+/// use vmm::lab::{Disk, DiskAccess, Run, disk_device};
+///
+/// let mut run = Run::new(["mount", "/dev/vdb", "/mnt"]);
+/// run.disks.push(Disk { path: "big.img".into(), access: DiskAccess::Private });
+/// assert_eq!(disk_device(0).as_os_str(), "/dev/vdb");
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Disk {
     /// The file, raw; its length is a multiple of 512 bytes.
@@ -128,6 +157,14 @@ pub struct Disk {
 }
 
 /// What the lab may do with a disk.
+///
+/// ```
+/// use vmm::lab::{Disk, DiskAccess};
+///
+/// // What the command writes is in the file afterwards, and nobody else may have it meanwhile.
+/// let kept = Disk { path: "data.img".into(), access: DiskAccess::ReadWrite };
+/// assert_ne!(kept.access, DiskAccess::Private);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskAccess {
     /// Read it.
@@ -190,6 +227,14 @@ impl Run {
 }
 
 /// How a command in the lab ended.
+///
+/// ```no_run
+/// # use vmm::lab::{Config, Lab, Run};
+/// # let mut lab = Lab::prepare(&Config::new("/var/cache/pontoon"), &mut vmm::guest_images::Silent)?;
+/// let status = lab.output(&Run::new(["sh", "-c", "kill -9 $$"]))?.status;
+/// assert_eq!((status.code, status.oom_kills), (137, 0));
+/// # Ok::<(), vmm::lab::LabError>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExitStatus {
     /// Its exit status, 128 + n if signal n killed it.
@@ -199,6 +244,14 @@ pub struct ExitStatus {
 }
 
 /// A command's end with everything it wrote.
+///
+/// ```no_run
+/// # use vmm::lab::{Config, Lab, Run};
+/// # let mut lab = Lab::prepare(&Config::new("/var/cache/pontoon"), &mut vmm::guest_images::Silent)?;
+/// let output = lab.output(&Run::new(["sh", "-c", "echo out; echo err >&2"]))?;
+/// assert_eq!((output.stdout, output.stderr), (b"out\n".to_vec(), b"err\n".to_vec()));
+/// # Ok::<(), vmm::lab::LabError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Output {
     /// How it ended.
@@ -210,6 +263,17 @@ pub struct Output {
 }
 
 /// What [`run`] does.
+///
+/// ```no_run
+/// use vmm::guest_images::Silent;
+/// use vmm::lab::{Config, Run, RunOptions, default_cache, run};
+///
+/// let config = Config::new(default_cache().expect("HOME is set"));
+/// let options = RunOptions { config, run: Run::new(["ls", "-l", "/dev/kvm"]) };
+/// std::process::exit(run(&options, &mut Silent)?.code.into());
+/// # #[allow(unreachable_code)]
+/// # Ok::<(), vmm::lab::LabError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunOptions {
     /// The outer machine.

@@ -41,6 +41,20 @@ pub const DEFAULT_MEMORY: u64 = 512 << 20;
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1 cryptomgr.notests";
 
 /// A network interface of a machine. [`vmm::network::Network`](crate::network::Network) makes those that are behind a NAT.
+///
+/// ```
+/// use vmm::machine::{Machine, Nic};
+/// use vmm::net::MacAddr;
+/// use vmm::net::switch::Switch;
+///
+/// // Whatever is a FramePort will do; here a wire between two machines.
+/// let wire = Switch::new();
+/// let mac = MacAddr::for_name("wire", "vm1");
+/// let nic = Nic::new(mac, wire.plug(Some(mac))?);
+/// assert!(nic.mac.to_string().starts_with("52:54:00:"));
+/// let builder = Machine::builder().nic(nic);
+/// # Ok::<(), vmm::net::switch::PlugError>(())
+/// ```
 pub struct Nic {
     /// Its Ethernet address.
     pub mac: MacAddr,

@@ -58,6 +58,18 @@ pub enum BuildError {
 }
 
 /// Why a machine could not be started.
+///
+/// ```no_run
+/// use vmm::machine::{Guest, Machine, StartError};
+///
+/// match Machine::builder().guest(Guest::probe())?.build()?.start() {
+///     Ok(machine) => println!("{}", machine.wait()),
+///     // The limits of this user; everything else was found out by `build`.
+///     Err(StartError::Thread { name, source }) => println!("no thread for {name}: {source}"),
+///     Err(other) => println!("{other}"),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// A thread could not be made.

@@ -30,6 +30,14 @@ use crate::kvm::{Host, KvmKind};
 const CALM: &str = "loglevel=3";
 
 /// Who is process 1 in a guest.
+///
+/// ```
+/// use vmm::machine::{Guest, Init};
+///
+/// assert_eq!(Guest::probe().init(), Init::Absent);
+/// // A kernel and an initrd of one's own may have any init.
+/// assert_eq!(Guest::linux("vmlinuz").initrd("initrd.img").init(), Init::Other);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Init {
     /// Nobody: the kernel is a bare-metal program.

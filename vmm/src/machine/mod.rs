@@ -32,6 +32,7 @@ mod running;
 #[cfg(test)]
 mod tests;
 
+pub use crate::acpi::AcpiError;
 pub use crate::vcpu::{CpuState, Failure};
 pub use builder::{DEFAULT_CMDLINE, DEFAULT_MEMORY, Machine, MachineBuilder, Nic};
 pub use error::{BuildError, StartError};

@@ -49,6 +49,14 @@ pub struct Counters {
 }
 
 /// Both sides of a network interface.
+///
+/// ```no_run
+/// # fn of(running: &vmm::machine::Running) {
+/// for nic in running.counters().nics {
+///     println!("{} frames left the guest; {} of them were refused", nic.device.tx_frames, nic.port.drops().map(|(_, n)| n).sum::<u64>());
+/// }
+/// # }
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NicCounters {
     /// The device.

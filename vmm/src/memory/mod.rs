@@ -16,6 +16,17 @@ use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 use crate::layout::{MMIO_HOLE, RAM_ABOVE_4G};
 
 /// Guest RAM; clones share it.
+///
+/// ```
+/// use vmm::memory::{GuestMemory, allocate};
+/// use vmm::vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+///
+/// let memory: GuestMemory = allocate(64 << 20)?;
+/// memory.write_obj(0xdead_beef_u32, GuestAddress(0x1000))?;
+/// assert_eq!(memory.clone().read_obj::<u32>(GuestAddress(0x1000))?, 0xdead_beef);
+/// assert_eq!(memory.last_addr(), GuestAddress((64 << 20) - 1));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
 
 /// Smallest RAM of a machine, in bytes.
@@ -27,6 +38,14 @@ pub const LINUX_FLOOR: u64 = 128 << 20;
 const PAGE: u64 = 4096;
 
 /// Why a machine got no memory.
+///
+/// ```
+/// use vmm::memory::{MIN_MEMORY, MemoryError, allocate};
+///
+/// assert!(matches!(allocate(MIN_MEMORY - 4096), Err(MemoryError::OutOfBounds(_))));
+/// assert!(matches!(allocate(MIN_MEMORY + 1), Err(MemoryError::Unaligned(_))));
+/// assert!(allocate(MIN_MEMORY).is_ok());
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// Less than [`MIN_MEMORY`] or more than [`MAX_MEMORY`].

@@ -42,6 +42,18 @@ pub struct CpuLimits {
 }
 
 /// Why there are no limits.
+///
+/// ```no_run
+/// use vmm::runtime::{CgroupError, CpuGroup, CpuLimits, MachineName};
+///
+/// let limits = CpuLimits { millis: Some(500), weight: None };
+/// match CpuGroup::enter(&MachineName::numbered(1), limits) {
+///     Ok(group) => println!("half a CPU, by {}", group.path().display()),
+///     // An ordinary user whose session is not delegated: go on without a limit, or give up.
+///     Err(CgroupError::Refused { path, .. }) => println!("{} is not ours", path.display()),
+///     Err(CgroupError::Missing) => println!("no limits on this host"),
+/// }
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     /// Nothing to do it with.

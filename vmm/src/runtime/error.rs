@@ -6,6 +6,16 @@ use std::path::{Path, PathBuf};
 use super::name::MachineName;
 
 /// Why the runtime folder, or a machine in it, could not be used.
+///
+/// ```no_run
+/// use vmm::runtime::{Runtime, RuntimeError};
+///
+/// let error = Runtime::open()?.find_alive(&"web".parse()?).err();
+/// if let Some(RuntimeError::NotRunning(name) | RuntimeError::Unknown(name)) = error {
+///     println!("{name} is to be started first");
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum RuntimeError {
     /// `XDG_RUNTIME_DIR` is not an absolute path.

@@ -21,6 +21,15 @@ use crate::agent;
 use crate::deadline;
 
 /// What a machine is doing, by its lock and its state together.
+///
+/// ```no_run
+/// use vmm::runtime::{Condition, Runtime};
+///
+/// let machines = Runtime::open()?.list()?;
+/// let running = machines.iter().filter(|machine| machine.condition() == Condition::Running).count();
+/// println!("{running} of {} are running", machines.len());
+/// # Ok::<(), vmm::runtime::RuntimeError>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Condition {
     /// Alive; its guest does not run yet.
@@ -220,6 +229,18 @@ impl Entry {
 }
 
 /// A machine's process.
+///
+/// ```no_run
+/// use std::time::Duration;
+///
+/// use vmm::runtime::Runtime;
+///
+/// // A descriptor, not a number: never another process that got the number since.
+/// let process = Runtime::open()?.find_alive(&"web".parse()?)?.process()?;
+/// process.terminate()?;
+/// assert!(process.wait(Duration::from_secs(10)), "{} still lives", process.pid());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Process {
     pid: u32,

@@ -20,8 +20,19 @@ use serde::{Deserialize, Serialize};
 pub struct MachineName(String);
 
 /// A text that cannot be a machine's name.
+///
+/// ```
+/// use vmm::runtime::{BadName, MachineName};
+///
+/// for text in ["", "-web", "web-", "my web", "web_1", &"a".repeat(64)] {
+///     assert_eq!(text.parse::<MachineName>(), Err(BadName));
+/// }
+/// assert!("a".repeat(63).parse::<MachineName>().is_ok());
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a name is a host name: letters, digits and inner hyphens, 63 at most")]
+#[error(
+    "a machine's name is a host name: letters, digits and inner hyphens, 63 at most; choose one such as web-1"
+)]
 pub struct BadName;
 
 impl MachineName {

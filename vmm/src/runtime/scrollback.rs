@@ -114,6 +114,18 @@ impl Scrollback {
 }
 
 /// See [`Scrollback::tee`].
+///
+/// ```
+/// use std::io::Write;
+///
+/// use vmm::runtime::Scrollback;
+///
+/// let log = std::fs::File::create("/dev/null")?;
+/// let mut console = Scrollback::new()?.tee(log);
+/// // As much as the file took is kept, no more.
+/// assert_eq!(console.write(b"login: ")?, 7);
+/// # Ok::<(), std::io::Error>(())
+/// ```
 pub struct Tee<W> {
     sink: W,
     scrollback: Scrollback,

@@ -20,6 +20,15 @@ pub(super) const FILE: &str = "state.json";
 pub(super) const NEW: &str = ".state.json.new";
 
 /// How far a machine is, as it says itself; the lock says whether that is still so.
+///
+/// ```
+/// use vmm::runtime::Phase;
+///
+/// let phase = |text| serde_json::from_str::<Phase>(text);
+/// assert_eq!(phase(r#""running""#)?, Phase::Running);
+/// assert_eq!(phase(r#""a later version's""#)?, Phase::Unknown);
+/// # Ok::<(), serde_json::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
@@ -36,6 +45,14 @@ pub enum Phase {
 }
 
 /// How a machine ended.
+///
+/// ```
+/// use vmm::runtime::Exit;
+///
+/// let exit: Exit = serde_json::from_str(r#"{"status":3,"reason":"the guest said so"}"#)?;
+/// assert_eq!((exit.status, exit.stopped), (3, false));
+/// # Ok::<(), serde_json::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Exit {
@@ -50,6 +67,15 @@ pub struct Exit {
 }
 
 /// What a machine says of itself.
+///
+/// ```
+/// use vmm::runtime::{Phase, State};
+///
+/// // `state.json` of a machine that has only just begun.
+/// let state: State = serde_json::from_str(r#"{"schema":1,"name":"vm1","pid":4711,"memory":536870912}"#)?;
+/// assert_eq!((state.state, state.memory >> 20, state.exit), (Phase::Starting, 512, None));
+/// # Ok::<(), serde_json::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct State {
@@ -96,16 +122,29 @@ pub struct State {
 }
 
 /// Why a state could not be read.
+///
+/// ```no_run
+/// use vmm::runtime::{Runtime, StateError};
+///
+/// for machine in Runtime::open()?.list()? {
+///     if let Err(StateError::Schema(version)) = machine.state() {
+///         println!("{} was started by a later pontoon (version {version} of its state)", machine.name());
+///     }
+/// }
+/// # Ok::<(), vmm::runtime::RuntimeError>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// The file cannot be read.
-    #[error("reading its state failed: {0}")]
+    #[error("reading its state failed: {0}; if it should be gone, end it: pontoon kill")]
     Io(#[from] io::Error),
     /// It is no state.
-    #[error("its state is not what a machine writes: {0}")]
+    #[error(
+        "its state is not what a machine writes: {0}; something else has written there: end it with pontoon kill"
+    )]
     Malformed(#[from] serde_json::Error),
     /// It is too large to be one.
-    #[error("its state is larger than {} KiB", MAX >> 10)]
+    #[error("its state is larger than {} KiB; something else has written there: end it with pontoon kill", MAX >> 10)]
     TooLarge,
     /// It was written by a later version.
     #[error("its state has version {0}, and this program knows {SCHEMA}; use the program that started it")]

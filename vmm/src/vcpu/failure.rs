@@ -11,6 +11,13 @@ use crate::memory::GuestMemory;
 const INSTRUCTION: usize = 15;
 
 /// Registers of a vCPU and the instruction that it was at.
+///
+/// ```
+/// use vmm::machine::CpuState;
+///
+/// let state = CpuState { cs: 0x10, rip: 0x100_0000, code: vec![0x0f, 0x0b], ..CpuState::default() };
+/// assert!(state.to_string().starts_with("vCPU 0 at 0010:0x1000000 (bytes: 0f 0b), "));
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuState {
     /// The vCPU's APIC id.
@@ -85,6 +92,17 @@ impl fmt::Display for Hex<'_> {
 }
 
 /// Why KVM could not run a vCPU any further.
+///
+/// ```no_run
+/// # let builder = vmm::machine::Machine::builder();
+/// use vmm::machine::{ExitReason, Failure};
+///
+/// match builder.build()?.start()?.wait() {
+///     ExitReason::Failed(Failure::Emulation { software: true, .. }) => println!("Linux takes a KVM with hardware, or the lab"),
+///     reason => println!("{reason}"),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Failure {
     /// KVM had to emulate an instruction and could not.

@@ -21,16 +21,25 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const ANSWER_MAX: usize = 1 << 20;
 
 /// Why a machine could not be asked.
+///
+/// ```
+/// use vmm::runtime::control::{Client, ControlError};
+///
+/// let nobody = Client::connect("/no/such/control.sock".as_ref()).err();
+/// assert!(matches!(nobody, Some(ControlError::Connect(_))));
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
     /// Nobody listens.
-    #[error("its control socket does not answer: {0}")]
+    #[error("its control socket does not answer: {0}; has the machine just ended? `pontoon ps -a` tells")]
     Connect(io::Error),
     /// It took too long, or hung up.
-    #[error("it did not answer in time, or hung up: {0}")]
+    #[error(
+        "it did not answer in time, or hung up: {0}; is it stopped, or its host busy? try again, or end it: pontoon kill"
+    )]
     Io(#[from] io::Error),
     /// The answer makes no sense.
-    #[error("it answers in a way that this program does not know: {0}")]
+    #[error("it answers in a way that this program does not know: {0}; use the pontoon that started it")]
     Malformed(String),
     /// It said no.
     #[error("{0}")]

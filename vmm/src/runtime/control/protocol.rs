@@ -8,6 +8,16 @@ use serde::{Deserialize, Serialize};
 use crate::machine::{Counters, NicCounters};
 
 /// A request: `{"do":"status"}`.
+///
+/// ```
+/// use vmm::runtime::control::Request;
+///
+/// // One line of JSON each, so a shell can ask, too: socat - UNIX:control.sock
+/// let request: Request = serde_json::from_str(r#"{"do":"connect","port":22}"#)?;
+/// assert_eq!(request, Request::Connect { port: 22, guest: None });
+/// assert_eq!(serde_json::to_string(&Request::PowerButton)?, r#"{"do":"power-button"}"#);
+/// # Ok::<(), serde_json::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "kebab-case")]
 pub enum Request {
@@ -39,6 +49,15 @@ pub enum Request {
 }
 
 /// What a machine is doing.
+///
+/// ```
+/// use vmm::runtime::control::Status;
+///
+/// // What an older version does not say has its default.
+/// let status: Status = serde_json::from_str(r#"{"uptime_ms":1500,"of a later version":1}"#)?;
+/// assert_eq!((status.uptime_ms / 1000, status.nics.len()), (1, 0));
+/// # Ok::<(), serde_json::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Status {
@@ -59,6 +78,17 @@ pub struct Status {
 }
 
 /// What an interface has counted, as the host sees it: `rx` is what the guest sent.
+///
+/// ```
+/// use vmm::machine::NicCounters;
+/// use vmm::runtime::control::Nic;
+///
+/// let mut counters = NicCounters::default();
+/// counters.device.tx_frames = 3;
+/// counters.device.tx_bad_length = 1;
+/// let nic = Nic::from(&counters);
+/// assert_eq!((nic.from_guest_frames, nic.dropped), (3, vec![("BadLength".to_owned(), 1)]));
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Nic {
@@ -77,6 +107,14 @@ pub struct Nic {
 }
 
 /// A DHCP lease.
+///
+/// ```
+/// use vmm::runtime::control::Lease;
+///
+/// let lease: Lease = serde_json::from_str(r#"{"address":"192.168.122.17","mac":"52:54:00:12:34:56"}"#)?;
+/// assert_eq!((lease.address.octets()[3], lease.name, lease.expires_s), (17, None, 0));
+/// # Ok::<(), serde_json::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lease {
     /// The guest's address.
@@ -92,6 +130,16 @@ pub struct Lease {
 }
 
 /// A TCP connection through the NAT.
+///
+/// ```no_run
+/// use vmm::runtime::Runtime;
+///
+/// let mut control = Runtime::open()?.find_alive(&"web".parse()?)?.control()?;
+/// for flow in control.flows()? {
+///     println!("{} -> {} ({})", flow.guest, flow.world, flow.state);
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Flow {
     /// The guest's end.

@@ -64,6 +64,18 @@ impl Console {
 }
 
 /// Whether somebody has asked for the machine's end, by `stopping` or `power-button`.
+///
+/// ```no_run
+/// # use vmm::machine::Machine;
+/// use vmm::runtime::control::Control;
+///
+/// let control = Control::bind("control.sock".as_ref())?;
+/// let asked = control.stop_asked();
+/// # let builder = Machine::builder();
+/// let reason = builder.worker(move |remote| control.serve(remote)).build()?.start()?.wait();
+/// println!("{reason}{}", if asked.is_set() { ", as it was asked to" } else { "" });
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct StopAsked(Arc<AtomicBool>);
 
