@@ -38,6 +38,16 @@ const S_IFLNK: u32 = 0o120_000;
 const S_IFCHR: u32 = 0o020_000;
 
 /// Why a tree could not be made or written.
+///
+/// ```
+/// use guest_images::cpio::{Error, Tree};
+///
+/// let mut tree = Tree::new();
+/// tree.file("etc/hostname", 0o644, "vm1\n")?;
+/// assert!(matches!(tree.file("../etc/shadow", 0o600, ""), Err(Error::Path(_))));
+/// assert!(matches!(tree.symlink("etc", "usr/etc"), Err(Error::Twice(path)) if path == "etc"));
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The path is empty, too long, holds a NUL, or holds `.` or `..`.
@@ -76,6 +86,17 @@ enum Node {
 }
 
 /// A file system tree in memory, on its way into an archive.
+///
+/// ```
+/// use guest_images::cpio::Tree;
+///
+/// let mut tree = Tree::new();
+/// tree.file("sbin/hello", 0o755, "#!/bin/sh\n")?.symlink("init", "sbin/hello")?;
+/// assert_eq!(tree.len(), 3); // and the folder sbin
+/// let archive = tree.to_bytes();
+/// assert_eq!((&archive[..6], archive.len() % 512), (&b"070701"[..], 0));
+/// # Ok::<(), guest_images::cpio::Error>(())
+/// ```
 #[derive(Debug, Clone, Default)]
 pub struct Tree {
     nodes: BTreeMap<Vec<u8>, Node>,

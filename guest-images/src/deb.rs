@@ -45,6 +45,14 @@ pub(crate) use config::sources_of_host;
 const LISTS_AGE: Duration = Duration::from_secs(24 * 3600);
 
 /// Why packages could not be had.
+///
+/// ```
+/// use guest_images::deb::{Error, Suite};
+///
+/// let refused = "sid".parse::<Suite>();
+/// assert!(matches!(&refused, Err(Error::UnknownSuite(name)) if name == "sid"));
+/// assert!(refused.unwrap_err().to_string().ends_with("use bookworm or trixie"));
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A program of the host is missing.
@@ -121,6 +129,17 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Erro
 }
 
 /// Whether the packages that the named ones depend on come along.
+///
+/// ```no_run
+/// use guest_images::Silent;
+/// use guest_images::deb::{Archive, Dependencies, Freshness, Suite};
+///
+/// let archive = Archive::open("/var/cache/pontoon".as_ref(), Suite::Bookworm)?;
+/// let alone = archive.fetch(&["iproute2"], Dependencies::Ignored, Freshness::Remembered, &mut Silent)?;
+/// let all = archive.fetch(&["iproute2"], Dependencies::Included, Freshness::Remembered, &mut Silent)?;
+/// assert!(alone.len() == 1 && all.len() > 1);
+/// # Ok::<(), guest_images::deb::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Dependencies {
     /// The named packages alone.
@@ -130,6 +149,17 @@ pub enum Dependencies {
 }
 
 /// Whether newer packages are looked for.
+///
+/// ```no_run
+/// # use guest_images::Silent;
+/// use guest_images::deb::{Archive, Dependencies, Freshness, Suite};
+///
+/// let archive = Archive::open("/var/cache/pontoon".as_ref(), Suite::Bookworm)?;
+/// // With a security update in mind: the index is fetched again.
+/// let debs = archive.fetch(&["busybox-static"], Dependencies::Ignored, Freshness::Newest, &mut Silent)?;
+/// println!("busybox {}", debs[0].version);
+/// # Ok::<(), guest_images::deb::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Freshness {
     /// What a former equal request got is good enough: no network when it is all there.
@@ -139,6 +169,16 @@ pub enum Freshness {
 }
 
 /// One downloaded and verified package.
+///
+/// ```no_run
+/// # use guest_images::Silent;
+/// # use guest_images::deb::fetch;
+/// for deb in fetch("/var/cache/pontoon".as_ref(), &["busybox-static"], false, &mut Silent)? {
+///     println!("{} {}: {} bytes in {}", deb.name, deb.version, deb.size, deb.path.display());
+///     deb.unpack("/tmp/root".as_ref())?;
+/// }
+/// # Ok::<(), guest_images::deb::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Deb {
     /// The package's name, such as `iproute2`.
@@ -211,6 +251,17 @@ pub fn fetch(
 }
 
 /// Debian's archive of one suite, as seen through a cache directory.
+///
+/// ```
+/// use guest_images::deb::{Archive, Suite};
+///
+/// let cache = tempfile::tempdir()?;
+/// // Nothing is fetched before it is asked for.
+/// let archive = Archive::open(cache.path(), Suite::Trixie)?;
+/// assert_eq!(archive.suite(), Suite::Trixie);
+/// assert!(cache.path().join("apt/trixie").is_dir());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Archive {
     /// `<cache>/apt/<suite>`.

@@ -22,6 +22,15 @@ const HOSTNAME_MAX: usize = 63;
 const ALIGN: usize = 4;
 
 /// Why a request cannot be carried.
+///
+/// ```
+/// use guest_images::initrd::{Error, Request};
+///
+/// let request = Request { hostname: Some("-vm1".into()), ..Request::default() };
+/// assert_eq!(request.to_archive(), Err(Error::Hostname("-vm1".into())));
+/// let request = Request { argv: vec!["echo".into(), "a\0b".into()], ..Request::default() };
+/// assert_eq!(request.to_archive(), Err(Error::Nul("a\0b".into())));
+/// ```
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
     /// No program takes a string with NUL in it.
@@ -48,6 +57,15 @@ pub enum Error {
 }
 
 /// How the guest's console treats what passes.
+///
+/// ```
+/// use guest_images::initrd::{Console, Request};
+///
+/// // Output that a program captures: no CR before its newlines.
+/// let request = Request { argv: vec!["ls".into()], console: Console::Bytes, ..Request::default() };
+/// assert!(request.to_archive()?.windows(6).any(|bytes| bytes == b"bytes\n"));
+/// # Ok::<(), guest_images::initrd::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Console {
     /// A terminal: echo, line editing, ctrl-C, newline to CR LF. For people.

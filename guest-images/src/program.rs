@@ -21,6 +21,14 @@ pub const INIT: Program = places::INIT;
 pub const LAB_INIT: Program = places::LAB_INIT;
 
 /// A static x86-64 ELF program.
+///
+/// ```
+/// use guest_images::{INIT, LAB_INIT};
+///
+/// // The number is had without unpacking; the bytes, once unpacked, stay.
+/// assert_ne!(INIT.id(), LAB_INIT.id());
+/// assert!(INIT.bytes().starts_with(b"\x7fELF"));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Program {
     at: usize,

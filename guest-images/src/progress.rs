@@ -37,6 +37,14 @@ pub trait Progress {
 }
 
 /// Listens to nothing.
+///
+/// ```no_run
+/// use guest_images::{BuildOptions, Silent, Store};
+///
+/// // In a test, say, where nobody waits for a bar.
+/// Store::open_default()?.build("debian", &BuildOptions::default(), &mut Silent)?;
+/// # Ok::<(), guest_images::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Silent;
 

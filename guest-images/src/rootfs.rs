@@ -81,6 +81,17 @@ const PACKAGES: [&str; 18] = [
 const KERNEL: &str = "linux-image-cloud-amd64";
 
 /// Why an image with a disk could not be made.
+///
+/// ```
+/// use guest_images::{Error, RootfsOptions, Silent, Store, rootfs};
+///
+/// let cache = tempfile::tempdir()?;
+/// let small = RootfsOptions { size: 1 << 20, ..RootfsOptions::default() };
+/// // What can't be is refused before anything is fetched.
+/// let refused = Store::open(cache.path()).build_rootfs("small", &small, &mut Silent);
+/// assert!(matches!(refused, Err(Error::Rootfs(rootfs::Error::Size(1_048_576)))));
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A program of the host is missing.
@@ -147,6 +158,16 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Erro
 }
 
 /// Which of Debian's kernels an image boots.
+///
+/// ```
+/// use guest_images::deb::Suite;
+/// use guest_images::{KernelSource, RootfsOptions};
+///
+/// // Debian 12 with Linux 6.12.
+/// let kernel = KernelSource::Backports;
+/// let options = RootfsOptions { suite: Some(Suite::Bookworm), kernel, ..RootfsOptions::default() };
+/// assert_ne!(options.kernel, KernelSource::default());
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum KernelSource {
     /// The suite's own: 6.1 in bookworm, 6.12 in trixie.
@@ -159,6 +180,15 @@ pub enum KernelSource {
 }
 
 /// How an image with a disk is made.
+///
+/// ```no_run
+/// use guest_images::{RootfsOptions, Silent, Store};
+///
+/// let options = RootfsOptions { size: 8 << 30, packages: vec!["postgresql".into()], ..RootfsOptions::default() };
+/// let image = Store::open_default()?.build_rootfs("database", &options, &mut Silent)?;
+/// println!("{}", image.disk.expect("an image with a disk").display());
+/// # Ok::<(), guest_images::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RootfsOptions {
     /// The Debian suite; `None` for the one that the image was last built from, else the host's.

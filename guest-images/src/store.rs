@@ -43,6 +43,18 @@ pub const KNOWN: [(&str, &str); 2] = [
 pub const ROOTFS: &str = "debian-rootfs";
 
 /// Why an image could not be had.
+///
+/// ```
+/// use guest_images::{Error, Store};
+///
+/// let cache = tempfile::tempdir()?;
+/// let store = Store::open(cache.path());
+/// let missing = store.get("debian").unwrap_err();
+/// assert!(matches!(&missing, Error::NotBuilt { name } if name == "debian"));
+/// assert!(missing.to_string().ends_with("run: pontoon image build debian"));
+/// assert!(matches!(store.get("../debian"), Err(Error::Name(_))));
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Packages could not be had.

@@ -32,6 +32,14 @@ const ONLY_FOR_SCRIPTS: [&str; 12] = [
 ];
 
 /// A release of Debian that images are built from: those whose kernels are tested.
+///
+/// ```
+/// use guest_images::deb::Suite;
+///
+/// assert_eq!("trixie".parse::<Suite>()?, Suite::Trixie);
+/// assert_eq!(Suite::ALL.map(Suite::name), ["bookworm", "trixie"]);
+/// # Ok::<(), guest_images::deb::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Suite {
     /// Debian 12, Linux 6.1.

@@ -8,6 +8,15 @@ use serde::{Deserialize, Serialize};
 use super::{Error, FORMAT, file_record};
 
 /// A file of an image.
+///
+/// ```no_run
+/// use guest_images::Store;
+///
+/// let image = Store::open_default()?.get("debian")?;
+/// let kernel = &image.manifest.kernel;
+/// println!("{}  {}", kernel.sha256, kernel.file); // as sha256sum has it
+/// # Ok::<(), guest_images::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageFile {
     /// Its name in the image's directory.
@@ -19,6 +28,17 @@ pub struct ImageFile {
 }
 
 /// Where the kernel is from.
+///
+/// ```no_run
+/// use guest_images::Store;
+///
+/// let image = Store::open_default()?.get("debian")?;
+/// // None for an image that somebody imported.
+/// if let Some(kernel) = &image.manifest.kernel_package {
+///     println!("{} {} ({})", kernel.package, kernel.version, kernel.release);
+/// }
+/// # Ok::<(), guest_images::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KernelPackage {
     /// The Debian package.
@@ -30,6 +50,16 @@ pub struct KernelPackage {
 }
 
 /// A package that went into an image.
+///
+/// ```no_run
+/// use guest_images::Store;
+///
+/// let image = Store::open_default()?.get("debian")?;
+/// for package in &image.manifest.packages {
+///     println!("{} {}", package.name, package.version);
+/// }
+/// # Ok::<(), guest_images::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PackageRecord {
     /// Its name.
@@ -41,6 +71,20 @@ pub struct PackageRecord {
 }
 
 /// What an image is made of: the content of its `manifest.json`.
+///
+/// ```
+/// use guest_images::Manifest;
+///
+/// let file = r#"{"file": "vmlinuz", "size": 1, "sha256": ""}"#;
+/// let text = format!(
+///     r#"{{"format": 1, "name": "mine", "suite": "", "recipe": "", "kernel": {file}, "initrd": {file},
+///         "kernel_package": null, "packages": [], "modules": []}}"#
+/// );
+/// let manifest: Manifest = serde_json::from_str(&text)?;
+/// // What came later has a default: an image from before is an image still.
+/// assert_eq!((manifest.disk, manifest.cmdline.as_str()), (None, ""));
+/// # Ok::<(), serde_json::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
     /// [`FORMAT`].
