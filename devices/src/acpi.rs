@@ -33,6 +33,17 @@ const SLP_TYP_SHIFT: u8 = 2;
 const SLP_TYP_MASK: u8 = 7;
 
 /// Sleep and reset registers, to be inserted at [`ACPI_BASE`].
+///
+/// ```
+/// use devices::acpi::{ACPI_BASE, AcpiPower, RESET_PORT, RESET_VALUE, S5_SLEEP_TYPE};
+/// use devices::{BusDevice, ExitRequest};
+///
+/// // SLP_EN is bit 5, the sleep type lies above bit 2.
+/// assert_eq!(AcpiPower.write(0, &[1 << 5 | S5_SLEEP_TYPE << 2]), Some(ExitRequest::PowerOff));
+/// assert_eq!(AcpiPower.write(0, &[1 << 5 | 3 << 2]), None, "S3 is not offered");
+/// let reset = u64::from(RESET_PORT - ACPI_BASE);
+/// assert_eq!(AcpiPower.write(reset, &[RESET_VALUE]), Some(ExitRequest::Reset));
+/// ```
 #[derive(Debug, Default)]
 pub struct AcpiPower;
 

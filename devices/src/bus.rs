@@ -16,6 +16,34 @@ use crate::once::Tally;
 ///
 /// Called from vCPU threads, with `offset` counted from the start of the range at which the device was
 /// inserted, and `offset + data.len()` within that range. Must not block on anything that the guest controls.
+///
+/// ```
+/// use std::sync::{Arc, Mutex};
+///
+/// use devices::{Bus, BusDevice, ExitRequest};
+///
+/// /// The byte with which a firmware says how far it has come.
+/// #[derive(Default)]
+/// struct PostCode(u8);
+///
+/// impl BusDevice for PostCode {
+///     fn read(&mut self, _offset: u64, data: &mut [u8]) {
+///         data.fill(self.0);
+///     }
+///
+///     fn write(&mut self, _offset: u64, data: &[u8]) -> Option<ExitRequest> {
+///         self.0 = *data.first()?;
+///         None
+///     }
+/// }
+///
+/// let code = Arc::new(Mutex::new(PostCode::default()));
+/// let mut ports = Bus::new();
+/// ports.insert(0x80, 1, code.clone())?;
+/// assert_eq!(ports.write(0x80, &[0x55]), None);
+/// assert_eq!(code.lock().map(|code| code.0).ok(), Some(0x55));
+/// # Ok::<(), devices::BusError>(())
+/// ```
 pub trait BusDevice: Send {
     /// Fills `data` (1 to 8 bytes) with what the guest reads at `offset`, little-endian.
     fn read(&mut self, offset: u64, data: &mut [u8]);
@@ -26,6 +54,21 @@ pub trait BusDevice: Send {
 }
 
 /// Why a device could not be put on a bus.
+///
+/// ```
+/// use std::sync::{Arc, Mutex};
+///
+/// use devices::exit::ExitDevice;
+/// use devices::{Bus, BusError};
+///
+/// let device = Arc::new(Mutex::new(ExitDevice));
+/// let mut bus = Bus::new();
+/// bus.insert(0x3f8, 8, device.clone())?;
+/// let refused = bus.insert(0x3ff, 2, device.clone());
+/// assert_eq!(refused, Err(BusError::Overlap { base: 0x3ff, len: 2, other: 0x3f8 }));
+/// assert_eq!(bus.insert(0x400, 0, device), Err(BusError::Range { base: 0x400, len: 0 }));
+/// # Ok::<(), BusError>(())
+/// ```
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BusError {
     /// No byte, or past the end of the address space.
@@ -57,6 +100,23 @@ struct Slot {
 }
 
 /// Address ranges and their devices. See the module's documentation.
+///
+/// ```
+/// use std::sync::{Arc, Mutex};
+///
+/// use devices::exit::{EXIT_PORT, ExitDevice};
+/// use devices::{Bus, ExitRequest};
+///
+/// let mut ports = Bus::new();
+/// ports.insert(EXIT_PORT.into(), 1, Arc::new(Mutex::new(ExitDevice)))?;
+/// assert_eq!(ports.write(0xf4, &[7]), Some(ExitRequest::Status(7)));
+/// // Two bytes stick out of a range of one: nobody is there.
+/// assert_eq!(ports.write(0xf4, &[7, 0]), None);
+/// let mut word = [0; 2];
+/// ports.read(0xf5, &mut word);
+/// assert_eq!((word, ports.unclaimed()), ([0xff, 0xff], 2));
+/// # Ok::<(), devices::BusError>(())
+/// ```
 #[derive(Default)]
 pub struct Bus {
     /// Sorted by `base`, disjoint.

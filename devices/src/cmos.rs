@@ -50,6 +50,21 @@ const HOURS_PM: u8 = 0x80;
 const VALID: u8 = 0x80;
 
 /// Where the time comes from.
+///
+/// ```
+/// use std::time::{Duration, UNIX_EPOCH};
+///
+/// use devices::BusDevice;
+/// use devices::cmos::{Clock, Rtc};
+///
+/// // A machine for which it is always 2000-02-29 12:34:56.
+/// let clock: Clock = Box::new(|| UNIX_EPOCH + Duration::from_secs(951_827_696));
+/// let mut rtc = Rtc::new(clock);
+/// let mut day = [0];
+/// rtc.write(0, &[0x07]);
+/// rtc.read(1, &mut day);
+/// assert_eq!(day, [0x29], "in BCD");
+/// ```
 pub type Clock = Box<dyn Fn() -> SystemTime + Send>;
 
 /// A broken-down UTC time.
@@ -91,6 +106,23 @@ impl Civil {
 }
 
 /// The clock. See the module's documentation.
+///
+/// ```
+/// use devices::BusDevice;
+/// use devices::cmos::Rtc;
+///
+/// let mut rtc = Rtc::host();
+/// // The index goes to port 0x70, the value is at port 0x71.
+/// let mut register = |index| {
+///     let mut value = [0];
+///     rtc.write(0, &[index]);
+///     rtc.read(1, &mut value);
+///     value[0]
+/// };
+/// assert_eq!(register(0x0b), 0x02, "24 hours, BCD");
+/// assert_eq!(register(0x0d), 0x80, "the battery is good");
+/// assert!(register(0x32) >= 0x20, "the century");
+/// ```
 pub struct Rtc {
     clock: Clock,
     index: u8,

@@ -10,6 +10,18 @@ use crate::bus::BusDevice;
 pub const EXIT_PORT: u16 = 0xf4;
 
 /// What a device's register write asks of the machine. Returned to the VMM, which acts on it.
+///
+/// ```
+/// use devices::acpi::{AcpiPower, S5_SLEEP_TYPE};
+/// use devices::exit::ExitDevice;
+/// use devices::i8042::I8042;
+/// use devices::{BusDevice, ExitRequest};
+///
+/// // `poweroff` and `reboot` of a guest, and one that says how it went.
+/// assert_eq!(AcpiPower.write(0, &[1 << 5 | S5_SLEEP_TYPE << 2]), Some(ExitRequest::PowerOff));
+/// assert_eq!(I8042::new().write(4, &[0xfe]), Some(ExitRequest::Reset));
+/// assert_eq!(ExitDevice.write(0, &[3]), Some(ExitRequest::Status(3)));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExitRequest {
     /// Soft-off (ACPI S5): the guest has shut down in order.
@@ -21,6 +33,15 @@ pub enum ExitRequest {
 }
 
 /// The exit device. See the module's documentation.
+///
+/// ```
+/// use devices::exit::ExitDevice;
+/// use devices::{BusDevice, ExitRequest};
+///
+/// assert_eq!(ExitDevice.write(0, &[0]), Some(ExitRequest::Status(0)), "success");
+/// // `outw` instead of `outb`: the low byte is the status.
+/// assert_eq!(ExitDevice.write(0, &0x0142_u16.to_le_bytes()), Some(ExitRequest::Status(0x42)));
+/// ```
 #[derive(Debug, Default)]
 pub struct ExitDevice;
 

@@ -55,6 +55,20 @@ enum Expect {
 }
 
 /// The controller. See the module's documentation.
+///
+/// ```
+/// use devices::i8042::I8042;
+/// use devices::{BusDevice, ExitRequest};
+///
+/// let mut i8042 = I8042::new();
+/// let (mut status, mut answer) = ([0], [0]);
+/// assert_eq!(i8042.write(4, &[0xaa]), None); // the self-test, at port 0x64
+/// i8042.read(4, &mut status);
+/// assert_eq!(status[0] & 1, 1, "an answer waits at port 0x60");
+/// i8042.read(0, &mut answer);
+/// assert_eq!(answer, [0x55], "passed");
+/// assert_eq!(i8042.write(4, &[0xfe]), Some(ExitRequest::Reset));
+/// ```
 #[derive(Debug)]
 pub struct I8042 {
     command_byte: u8,

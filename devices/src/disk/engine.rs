@@ -27,16 +27,16 @@ pub const MAX_IN_FLIGHT: usize = 256;
 
 /// Part of a disk, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Range {
+pub(crate) struct Range {
     /// First byte.
-    pub at: u64,
+    pub(crate) at: u64,
     /// Bytes.
-    pub len: u64,
+    pub(crate) len: u64,
 }
 
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Operation {
+pub(crate) enum Operation {
     /// From the disk into the buffers.
     Read,
     /// From the buffers to the disk.
@@ -65,13 +65,13 @@ pub enum Operation {
 }
 
 /// One request. Everything in it lies within the disk: the caller has checked.
-pub struct Request {
+pub(crate) struct Request {
     /// What is to be done.
-    pub operation: Operation,
+    pub(crate) operation: Operation,
     /// First byte, of a read or a write.
-    pub at: u64,
+    pub(crate) at: u64,
     /// Guest memory, of a read or a write.
-    pub buffers: GuestBuffers,
+    pub(crate) buffers: GuestBuffers,
 }
 
 /// Whether there is an io_uring.
@@ -82,7 +82,7 @@ enum Uring {
 }
 
 /// A storage, and what it is doing. See the module's documentation. Dropping it waits for what is in flight.
-pub struct Engine<T> {
+pub(crate) struct Engine<T> {
     // Dropped in this order: first both stop accessing, then the eventfd goes.
     ring: Uring,
     thread: Option<Thread>,
@@ -97,7 +97,7 @@ pub struct Engine<T> {
 
 impl<T> Engine<T> {
     /// An engine for `storage` that announces results on `done`. `uring` says whether io_uring is tried.
-    pub fn new(storage: Arc<dyn Storage>, done: EventFd, uring: bool) -> Self {
+    pub(crate) fn new(storage: Arc<dyn Storage>, done: EventFd, uring: bool) -> Self {
         Self {
             ring: if uring { Uring::Untried } else { Uring::Refused },
             thread: None,
@@ -111,22 +111,22 @@ impl<T> Engine<T> {
     }
 
     /// The storage.
-    pub fn storage(&self) -> &dyn Storage {
+    pub(crate) fn storage(&self) -> &dyn Storage {
         &*self.storage
     }
 
     /// Requests that were submitted and not reaped.
-    pub fn in_flight(&self) -> usize {
+    pub(crate) fn in_flight(&self) -> usize {
         self.tickets.len() - self.free.len()
     }
 
     /// Whether there is room for another request.
-    pub fn has_room(&self) -> bool {
+    pub(crate) fn has_room(&self) -> bool {
         self.in_flight() < MAX_IN_FLIGHT
     }
 
     /// Begins `request`. Call it only if [`Self::has_room`], and [`Self::commit`] after a batch.
-    pub fn submit(&mut self, request: Request, ticket: T) {
+    pub(crate) fn submit(&mut self, request: Request, ticket: T) {
         let number = self.free.pop().unwrap_or_else(|| {
             self.tickets.push(None);
             self.tickets.len() - 1
@@ -181,7 +181,7 @@ impl<T> Engine<T> {
     }
 
     /// Hands the kernel what was submitted.
-    pub fn commit(&mut self) {
+    pub(crate) fn commit(&mut self) {
         if let Uring::Made(ring) = &mut self.ring
             && ring.submit()
         {
@@ -191,7 +191,7 @@ impl<T> Engine<T> {
     }
 
     /// Takes what is done.
-    pub fn reap(&mut self, results: &mut Vec<(T, io::Result<()>)>) {
+    pub(crate) fn reap(&mut self, results: &mut Vec<(T, io::Result<()>)>) {
         self.finished.append(&mut self.at_once);
         if let Uring::Made(ring) = &mut self.ring {
             ring.reap(&mut self.finished);
@@ -210,7 +210,7 @@ impl<T> Engine<T> {
     }
 
     /// Waits until nothing is in flight, and forgets it: guest memory is accessed no more.
-    pub fn drain(&mut self) {
+    pub(crate) fn drain(&mut self) {
         if let Uring::Made(ring) = &mut self.ring {
             ring.drain();
         }

@@ -11,6 +11,17 @@ use std::path::PathBuf;
 use super::error::Name;
 
 /// A format that is not raw.
+///
+/// ```
+/// use devices::disk::{Disk, DiskError, DiskMode, Format};
+///
+/// # let folder = tempfile::tempdir()?;
+/// let image = folder.path().join("debian.raw.xz");
+/// std::fs::write(&image, b"\xfd7zXZ\0...")?;
+/// let refused = Disk::open(&image, DiskMode::ReadOnly).err();
+/// assert!(matches!(refused, Some(DiskError::Format { format: Format::Compressed("unxz"), .. })));
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// Known to qemu-img under this name.

@@ -47,17 +47,36 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-pub use engine::{Engine, MAX_IN_FLIGHT, Operation, Range, Request};
+pub use engine::MAX_IN_FLIGHT;
+pub(crate) use engine::{Engine, Operation, Range, Request};
 pub use error::DiskError;
 pub use format::Format;
-pub use overlay::Overlay;
-pub use raw::Raw;
+pub(crate) use raw::Raw;
 pub use sys::GuestBuffers;
+
+use overlay::Overlay;
 
 /// Bytes of a sector, the unit in which guests address a disk (virtio 1.3 §5.2.6).
 pub const SECTOR: u64 = 512;
 
 /// What a transfer of [`Storage::direct`] is.
+///
+/// ```
+/// use std::fs::File;
+/// use std::sync::Arc;
+///
+/// use devices::disk::Access;
+///
+/// /// The `direct` of a storage that is read from one file and written in another way.
+/// fn direct(image: &Arc<File>, access: Access) -> Option<Arc<File>> {
+///     (access == Access::Read).then(|| Arc::clone(image))
+/// }
+///
+/// let image = Arc::new(tempfile::tempfile()?);
+/// assert!(direct(&image, Access::Read).is_some(), "io_uring reads it, without a thread of ours");
+/// assert!(direct(&image, Access::Write).is_none());
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// From the disk to guest memory.

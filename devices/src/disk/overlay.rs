@@ -36,7 +36,7 @@ const PART: u64 = WORDS as u64 * 64;
 type Part = Box<[AtomicU64; WORDS]>;
 
 /// A base and what was written since. See the module's documentation.
-pub struct Overlay {
+pub(super) struct Overlay {
     base: Arc<File>,
     written: Arc<File>,
     bytes: u64,
@@ -45,7 +45,7 @@ pub struct Overlay {
 
 impl Overlay {
     /// The `bytes` of `base`, overlaid by `written`, an empty file of the same size.
-    pub fn new(base: File, written: File, bytes: u64) -> Self {
+    pub(super) fn new(base: File, written: File, bytes: u64) -> Self {
         let parts = bytes.div_ceil(CLUSTER).div_ceil(PART);
         let map = (0..parts).map(|_| OnceLock::new()).collect();
         Self { base: Arc::new(base), written: Arc::new(written), bytes, map }

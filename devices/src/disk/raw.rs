@@ -19,14 +19,14 @@ static ZEROS: [u8; 4 << 10] = [0; 4 << 10];
 const AT_ONCE: usize = 256;
 
 /// A file or block device. See the module's documentation.
-pub struct Raw {
+pub(crate) struct Raw {
     file: Arc<File>,
     bytes: u64,
 }
 
 impl Raw {
     /// The first `bytes` of `file`, which may be read-only if nobody writes to it.
-    pub fn new(file: File, bytes: u64) -> Self {
+    pub(crate) fn new(file: File, bytes: u64) -> Self {
         Self { file: Arc::new(file), bytes }
     }
 }

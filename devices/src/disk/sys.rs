@@ -14,6 +14,23 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, Volatile
 const MAX_IOV: usize = 1024;
 
 /// A list of pieces of guest memory, and a hold on the mapping in which they lie.
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use devices::disk::GuestBuffers;
+/// use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+///
+/// let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4096)])?);
+/// let pieces = [memory.get_slice(GuestAddress(0), 3)?, memory.get_slice(GuestAddress(0x100), 5)?];
+/// let mut buffers = GuestBuffers::new(&memory, &pieces).expect("they lie in this memory");
+/// assert_eq!(buffers.put(b"0123456789"), 8, "there is no room for more");
+/// buffers.advance(4); // a short transfer; the next one goes on behind it
+/// let mut rest = [0; 8];
+/// assert_eq!(buffers.take(&mut rest), 4);
+/// assert_eq!(&rest[..4], b"4567");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct GuestBuffers {
     /// Invariant: each entry is not empty and lies within a region of `memory`.
     iov: Vec<iovec>,

@@ -63,6 +63,22 @@ const MCR_OFFSET: u8 = 4;
 const MCR_OUT1: u8 = 4;
 
 /// Until when input is held back.
+///
+/// ```
+/// # struct Quiet;
+/// # impl devices::IrqLine for Quiet { fn raise(&self) {} }
+/// use std::sync::Arc;
+///
+/// use devices::BusDevice;
+/// use devices::serial::{Hold, Serial, Sink};
+///
+/// let (mut com1, _) = Serial::new(Arc::new(Quiet), Sink::Nowhere)?;
+/// com1.hold_input(Hold::Out1);
+/// assert_eq!(com1.input(b"ls\n"), 0, "nobody would read it");
+/// com1.write(4, &[4]); // OUT1 in the modem control register
+/// assert_eq!(com1.input(b"ls\n"), 3);
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hold {
     /// Until the guest enables the receive interrupt, as every driver does that has taken the UART over. A guest that
@@ -104,6 +120,26 @@ impl SerialEvents for Room {
 }
 
 /// A UART. See the module's documentation.
+///
+/// ```
+/// # struct Quiet;
+/// # impl devices::IrqLine for Quiet { fn raise(&self) {} }
+/// use std::sync::Arc;
+///
+/// use devices::BusDevice;
+/// use devices::serial::{Serial, Sink};
+///
+/// let (mut com1, _) = Serial::new(Arc::new(Quiet), Sink::Nowhere)?;
+/// let pasted = [b'x'; 100];
+/// assert_eq!(com1.input(&pasted), 64, "the FIFO is full; the caller keeps the rest");
+/// let mut byte = [0];
+/// for _ in 0..64 {
+///     com1.read(0, &mut byte);
+/// }
+/// assert_eq!(byte, [b'x']);
+/// assert!(com1.room().read().is_ok(), "it is empty: offer the rest");
+/// # Ok::<(), std::io::Error>(())
+/// ```
 pub struct Serial {
     uart: vm_superio::Serial<Line, Room, Output>,
     held: Option<Hold>,

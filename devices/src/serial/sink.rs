@@ -33,6 +33,18 @@ use super::output::{Output, Shared};
 const BATCHES: usize = 8;
 
 /// Where output goes.
+///
+/// ```
+/// use devices::serial::Sink;
+///
+/// let (reader, writer) = std::io::pipe()?;
+/// assert!(matches!(Sink::of(writer.into()), Sink::Polled(_)));
+/// // A disk may be slow, and a file can't be polled: it gets a thread.
+/// let file = tempfile::tempfile()?;
+/// assert!(matches!(Sink::of(file.into()), Sink::Blocking(_)));
+/// # drop(reader);
+/// # Ok::<(), std::io::Error>(())
+/// ```
 pub enum Sink {
     /// Nobody looks at it.
     Nowhere,
@@ -53,6 +65,21 @@ impl Sink {
 }
 
 /// A descriptor to which a write never blocks.
+///
+/// ```
+/// use std::fs::File;
+/// use std::io::Write;
+///
+/// use devices::serial::Polled;
+///
+/// let (reader, writer) = std::io::pipe()?;
+/// assert!(Polled::of(writer.into()).is_ok());
+/// // What may block comes back as it was.
+/// let file = Polled::of(tempfile::tempfile()?.into()).expect_err("a file is no sink for the I/O thread");
+/// File::from(file).write_all(b"still open")?;
+/// # drop(reader);
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Polled {
     fd: OwnedFd,
@@ -109,6 +136,28 @@ enum Turn {
 }
 
 /// The half for the I/O thread.
+///
+/// ```
+/// # struct Quiet;
+/// # impl devices::IrqLine for Quiet { fn raise(&self) {} }
+/// use std::io::Read;
+/// use std::sync::Arc;
+///
+/// use devices::BusDevice;
+/// use devices::serial::{Serial, Sink};
+/// use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+///
+/// let (mut reader, writer) = std::io::pipe()?;
+/// let (mut com1, worker) = Serial::new(Arc::new(Quiet), Sink::of(writer.into()))?;
+/// let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
+/// events.add_subscriber(Box::new(worker.expect("a pipe is polled")));
+/// com1.write(0, b"!"); // the guest's byte waits for the I/O thread
+/// events.run_with_timeout(0)?;
+/// let mut printed = [0];
+/// reader.read_exact(&mut printed)?;
+/// assert_eq!(&printed, b"!");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct SinkWorker {
     shared: Arc<Shared>,
     filled: EventFd,

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Totals of a NIC since the machine was made; each field is a count of its own and none waits for another.
 #[derive(Debug, Default)]
-pub struct NetCounters {
+pub(super) struct NetCounters {
     tx_frames: AtomicU64,
     tx_bytes: AtomicU64,
     rx_frames: AtomicU64,
@@ -18,7 +18,7 @@ pub struct NetCounters {
     broken: AtomicU64,
 }
 
-/// The values of [`NetCounters`] at one moment.
+/// The values of a NIC's counters at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NetTotals {
     /// Frames that the port took from the guest.
@@ -47,7 +47,7 @@ pub struct NetTotals {
 
 impl NetCounters {
     /// The totals now.
-    pub fn totals(&self) -> NetTotals {
+    pub(super) fn totals(&self) -> NetTotals {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         NetTotals {
             tx_frames: get(&self.tx_frames),

@@ -35,13 +35,14 @@ mod tests;
 mod tx;
 mod worker;
 
-pub use counters::{NetCounters, NetTotals};
+pub use counters::NetTotals;
 pub use ctrl::CTRL_BUDGET;
 pub use rx::MAX_PIECES;
 pub use tx::TX_BUDGET;
 pub use worker::NetWorker;
 
 use config::ConfigSpace;
+use counters::NetCounters;
 use worker::{Active, Path};
 
 /// Descriptors of the receive and the transmit queue.
