@@ -12,6 +12,17 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 /// Which queue was kicked is not told. Looking at a ring that has nothing new costs less than a descriptor, an ioeventfd and
 /// a registration for each queue of each device; and KVM on Intel's processors answers a write to an ioeventfd
 /// that takes any value without decoding the guest's instruction.
+///
+/// ```
+/// use devices::virtio::Doorbell;
+///
+/// let bell = Doorbell::new()?;
+/// bell.ring();
+/// bell.ring();
+/// assert!(bell.silence(), "however often it was rung, it is one turn");
+/// assert!(!bell.silence());
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Doorbell(EventFd);
 

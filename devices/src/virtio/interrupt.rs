@@ -11,6 +11,19 @@ use crate::irq::IrqLine;
 ///
 /// Shared by the transport (vCPU threads) and the worker (I/O thread). Every notification is an edge of its own,
 /// sent after its status bit: an edge that finds the bit still set may meet a driver that has already looked.
+///
+/// ```
+/// # struct Quiet;
+/// # impl devices::IrqLine for Quiet { fn raise(&self) {} }
+/// use std::sync::Arc;
+///
+/// use devices::virtio::Interrupt;
+///
+/// let interrupt = Interrupt::new(Arc::new(Quiet));
+/// interrupt.used(); // after the used index has been written
+/// interrupt.config_changed(); // after the configuration space has
+/// assert_eq!(interrupt.sent(), 2, "each is an edge of its own");
+/// ```
 pub struct Interrupt {
     line: Arc<dyn IrqLine>,
     status: AtomicU32,

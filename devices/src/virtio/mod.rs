@@ -46,6 +46,20 @@ pub use interrupt::Interrupt;
 pub use queue::{Direction, MAX_DESCRIPTORS, QueueError, Ring};
 
 /// The guest's memory, as all devices share it.
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use devices::virtio::Memory;
+/// use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+///
+/// // Below and above the hole in which the devices' registers are.
+/// let ranges = [(GuestAddress(0), 1 << 20), (GuestAddress(4 << 30), 1 << 20)];
+/// let memory: Memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges)?);
+/// memory.write_obj(1_u32, GuestAddress(4 << 30))?;
+/// assert!(memory.write_obj(1_u32, GuestAddress(3 << 30)).is_err());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub type Memory = Arc<GuestMemoryMmap<()>>;
 
 /// `VIRTIO_F_VERSION_1`: not legacy. Offered by the transport and required of every driver.
@@ -56,6 +70,32 @@ pub const F_INDIRECT_DESC: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
 pub const F_EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 
 /// What a device gets when its driver is ready (`DRIVER_OK`).
+///
+/// ```
+/// # struct Quiet;
+/// # impl devices::IrqLine for Quiet { fn raise(&self) {} }
+/// # use devices::virtio::Memory;
+/// # use vm_memory::{GuestAddress, GuestMemoryMmap};
+/// use std::sync::Arc;
+///
+/// use devices::virtio::{ActivateError, Activation, F_EVENT_IDX, F_VERSION_1, Interrupt, Ring};
+/// use virtio_queue::{Queue, QueueT};
+///
+/// /// What a device with one queue makes of it.
+/// fn start(activation: Activation) -> Result<Ring, ActivateError> {
+///     let queue = activation.queues.into_iter().next();
+///     queue.and_then(Ring::new).ok_or(ActivateError::QueueMissing(0))
+/// }
+///
+/// # let memory: Memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)])?);
+/// let mut queue = Queue::new(64)?;
+/// queue.set_ready(true); // by the driver, through the transport
+/// let interrupt = Interrupt::new(Arc::new(Quiet));
+/// let activation = Activation { memory, queues: vec![queue], features: F_VERSION_1, interrupt };
+/// assert_eq!(activation.features & F_EVENT_IDX, 0, "it wants an interrupt each time");
+/// assert_eq!(start(activation)?.size(), 64);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Activation {
     /// Guest memory.
     pub memory: Memory,
@@ -69,6 +109,26 @@ pub struct Activation {
 }
 
 /// Why a device could not start with what its driver set up.
+///
+/// ```
+/// # struct Quiet;
+/// # impl devices::IrqLine for Quiet { fn raise(&self) {} }
+/// # use std::sync::Arc;
+/// # use devices::virtio::{Interrupt, Memory};
+/// # use vm_memory::{GuestAddress, GuestMemoryMmap};
+/// use devices::virtio::rng::Rng;
+/// use devices::virtio::{ActivateError, Activation, F_VERSION_1, VirtioDevice};
+/// use virtio_queue::{Queue, QueueT};
+///
+/// # let memory: Memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)])?);
+/// # let interrupt = Interrupt::new(Arc::new(Quiet));
+/// let (mut device, _worker) = Rng::new()?;
+/// // The driver says DRIVER_OK without having set its queue up.
+/// let queues = vec![Queue::new(64)?];
+/// let refused = device.activate(Activation { memory, queues, features: F_VERSION_1, interrupt });
+/// assert!(matches!(refused, Err(ActivateError::QueueMissing(0))));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum ActivateError {
     /// A queue that the device can't do without.
@@ -80,6 +140,57 @@ pub enum ActivateError {
 ///
 /// All calls come from vCPU threads, one at a time. In order: any number of reads and configuration accesses;
 /// `activate` at most once; `reset` at any time, after which it all begins again.
+///
+/// ```
+/// # struct Quiet;
+/// # impl devices::IrqLine for Quiet { fn raise(&self) {} }
+/// # use devices::virtio::Memory;
+/// # use vm_memory::{GuestAddress, GuestMemoryMmap};
+/// use std::sync::Arc;
+///
+/// use devices::BusDevice;
+/// use devices::virtio::mmio::MmioTransport;
+/// use devices::virtio::{ActivateError, Activation, Doorbell, VirtioDevice, read_config_space};
+///
+/// /// A device that tells the guest who it is, and nothing else.
+/// struct NamePlate(Doorbell);
+///
+/// impl VirtioDevice for NamePlate {
+///     fn device_type(&self) -> u32 {
+///         0x1_0000 // none of the standard's
+///     }
+///
+///     fn features(&self) -> u64 {
+///         0
+///     }
+///
+///     fn queue_sizes(&self) -> &[u16] {
+///         &[]
+///     }
+///
+///     fn doorbell(&self) -> &Doorbell {
+///         &self.0
+///     }
+///
+///     fn read_config(&self, offset: u64, data: &mut [u8]) {
+///         read_config_space(b"machine7", offset, data);
+///     }
+///
+///     fn activate(&mut self, _: Activation) -> Result<(), ActivateError> {
+///         Ok(())
+///     }
+///
+///     fn reset(&mut self) {}
+/// }
+///
+/// # let memory: Memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)])?);
+/// let plate = Box::new(NamePlate(Doorbell::new()?));
+/// let mut registers = MmioTransport::new(plate, memory, Arc::new(Quiet));
+/// let mut name = [0; 8];
+/// registers.read(0x100, &mut name);
+/// assert_eq!(&name, b"machine7");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub trait VirtioDevice: Send {
     /// The device ID (virtio 1.3 §5).
     fn device_type(&self) -> u32;

@@ -24,6 +24,26 @@ use vm_memory::{
 pub const MAX_DESCRIPTORS: usize = 256;
 
 /// How a driver broke its queue.
+///
+/// ```
+/// # use virtio_queue::{Queue, QueueT};
+/// use devices::virtio::{Direction, QueueError, Ring};
+/// use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+///
+/// let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x4000)])?;
+/// # let mut queue = Queue::new(16)?;
+/// # queue.set_avail_ring_address(Some(0x1000), None);
+/// # queue.set_used_ring_address(Some(0x2000), None);
+/// # queue.set_ready(true);
+/// # let mut ring = Ring::new(queue).expect("it is ready");
+/// // Descriptor 0 goes on (flag 1) with descriptor 0, for ever.
+/// memory.write_obj([0x3000_u64, 8 | 1 << 32], GuestAddress(0))?;
+/// memory.write_obj([0_u16, 1, 0], GuestAddress(0x1000))?;
+/// let chain = ring.pop(&memory)?.expect("the driver made it available");
+/// let refused = Ring::collect(&memory, chain, Direction::Readable, &mut Vec::new());
+/// assert!(matches!(refused, Err(QueueError::NoEnd { head: 0 })));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
     /// The available index jumped by more than the queue holds.
@@ -78,6 +98,26 @@ pub enum QueueError {
 }
 
 /// Which half of a chain is wanted.
+///
+/// ```
+/// # use virtio_queue::{Queue, QueueT};
+/// use devices::virtio::{Direction, QueueError, Ring};
+/// use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+///
+/// let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x4000)])?;
+/// # let mut queue = Queue::new(16)?;
+/// # queue.set_avail_ring_address(Some(0x1000), None);
+/// # queue.set_used_ring_address(Some(0x2000), None);
+/// # queue.set_ready(true);
+/// # let mut ring = Ring::new(queue).expect("it is ready");
+/// // The driver sends 8 bytes where the device expects room for an answer.
+/// memory.write_obj([0x3000_u64, 8], GuestAddress(0))?;
+/// memory.write_obj([0_u16, 1, 0], GuestAddress(0x1000))?;
+/// let chain = ring.pop(&memory)?.expect("the driver made it available");
+/// let refused = Ring::collect(&memory, chain, Direction::Writable, &mut Vec::new());
+/// assert!(matches!(refused, Err(QueueError::Direction { head: 0 })));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// The driver wrote it, the device reads.
@@ -92,6 +132,32 @@ const AVAIL_ELEMENT: u64 = 2;
 const USED_ELEMENT: u64 = 8;
 
 /// A virtqueue as its device sees it. See the module's documentation.
+///
+/// ```
+/// # use virtio_queue::{Queue, QueueT};
+/// use devices::virtio::{Direction, Ring};
+/// use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+///
+/// let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x4000)])?;
+/// # let mut queue = Queue::new(16)?;
+/// # queue.set_avail_ring_address(Some(0x1000), None);
+/// # queue.set_used_ring_address(Some(0x2000), None);
+/// # queue.set_ready(true);
+/// // What a driver does: a buffer of 8 bytes at 0x3000, for the device to write (flag 2); the available index is 1.
+/// memory.write_obj([0x3000_u64, 8 | 2 << 32], GuestAddress(0))?;
+/// memory.write_obj([0_u16, 1, 0], GuestAddress(0x1000))?;
+/// // What a device does.
+/// let mut ring = Ring::new(queue).expect("the driver has set it up");
+/// let chain = ring.pop(&memory)?.expect("a chain is available");
+/// let (head, mut pieces) = (chain.head_index(), Vec::new());
+/// assert_eq!(Ring::collect(&memory, chain, Direction::Writable, &mut pieces)?, 8);
+/// pieces[0].copy_from(b"answered");
+/// ring.add_used(&memory, head, 8)?;
+/// ring.publish(&memory)?;
+/// assert!(ring.needs_interrupt(&memory)?);
+/// assert_eq!(&memory.read_obj::<[u8; 8]>(GuestAddress(0x3000))?, b"answered");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Ring {
     queue: Queue,
     /// Where the next used element goes; those from `published` on are not visible yet.

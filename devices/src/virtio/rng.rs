@@ -54,9 +54,52 @@ impl Read for HostEntropy {
 }
 
 /// The transport's half of the device.
+///
+/// ```
+/// use devices::virtio::VirtioDevice;
+/// use devices::virtio::rng::Rng;
+///
+/// let (rng, worker) = Rng::new()?;
+/// assert_eq!((rng.device_type(), rng.queue_sizes()), (4, &[64][..]));
+/// let mut space = [0xff; 4];
+/// rng.read_config(0, &mut space);
+/// assert_eq!(space, [0; 4], "there is nothing to configure");
+/// # drop(worker);
+/// # Ok::<(), std::io::Error>(())
+/// ```
 pub struct Rng(Arc<Shared>);
 
 /// The half for the event manager of the I/O thread.
+///
+/// ```
+/// # struct Quiet;
+/// # impl devices::IrqLine for Quiet { fn raise(&self) {} }
+/// # use std::sync::Arc;
+/// # use devices::virtio::{Activation, F_VERSION_1, Interrupt, Memory, VirtioDevice};
+/// # use virtio_queue::{Queue, QueueT};
+/// # use vm_memory::GuestMemoryMmap;
+/// use devices::virtio::rng::Rng;
+/// use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+/// use vm_memory::{Bytes, GuestAddress};
+///
+/// # let memory: Memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)])?);
+/// # let mut queue = Queue::new(16)?;
+/// # queue.set_avail_ring_address(Some(0x1000), None);
+/// # queue.set_used_ring_address(Some(0x2000), None);
+/// # queue.set_ready(true);
+/// let (mut rng, worker) = Rng::with_source(Box::new(std::io::repeat(7)))?;
+/// let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
+/// events.add_subscriber(Box::new(worker));
+/// # let interrupt = Interrupt::new(Arc::new(Quiet));
+/// # let queues = vec![queue];
+/// # rng.activate(Activation { memory: memory.clone(), queues, features: F_VERSION_1, interrupt })?;
+/// // The guest offers 4 bytes at 0x8000, to be written (flag 2).
+/// memory.write_obj([0x8000_u64, 4 | 2 << 32], GuestAddress(0))?;
+/// memory.write_obj([0_u16, 1, 0], GuestAddress(0x1000))?;
+/// events.run_with_timeout(0)?;
+/// assert_eq!(memory.read_obj::<[u8; 5]>(GuestAddress(0x8000))?, [7, 7, 7, 7, 0]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct RngWorker {
     shared: Arc<Shared>,
     source: Box<dyn Read + Send>,

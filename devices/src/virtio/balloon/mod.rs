@@ -75,6 +75,18 @@ struct Shared {
 }
 
 /// What a balloon has counted since the machine was made.
+///
+/// ```
+/// use devices::virtio::balloon::{Balloon, BalloonTotals};
+///
+/// let (balloon, worker) = Balloon::new()?;
+/// let handle = balloon.handle();
+/// handle.set_target(64 << 20);
+/// // Asking alone gives nothing back: that takes a guest with a driver.
+/// assert_eq!(handle.totals(), BalloonTotals::default());
+/// # drop(worker);
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BalloonTotals {
     /// Bytes of reported free pages that were given back.
@@ -90,6 +102,20 @@ pub struct BalloonTotals {
 }
 
 /// The transport's half of the balloon. See the module's documentation.
+///
+/// ```
+/// use devices::virtio::VirtioDevice;
+/// use devices::virtio::balloon::Balloon;
+///
+/// let (balloon, worker) = Balloon::new()?;
+/// balloon.handle().set_target(3 << 20);
+/// // The driver reads at the start of the configuration space how many pages are wanted.
+/// let mut pages = [0; 4];
+/// balloon.read_config(0, &mut pages);
+/// assert_eq!(u32::from_le_bytes(pages), 768);
+/// # drop(worker);
+/// # Ok::<(), std::io::Error>(())
+/// ```
 pub struct Balloon(Arc<Shared>);
 
 /// Reads and sets a machine's balloon from anywhere.

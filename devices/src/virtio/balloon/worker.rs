@@ -51,6 +51,47 @@ impl Active {
 }
 
 /// The data path of a balloon, to be added to the event manager of the I/O thread.
+///
+/// ```
+/// # struct Quiet;
+/// # impl devices::IrqLine for Quiet { fn raise(&self) {} }
+/// # use std::sync::Arc;
+/// # use devices::virtio::{Activation, F_VERSION_1, Interrupt, Memory, VirtioDevice};
+/// # use rustix::fs::{MemfdFlags, memfd_create};
+/// # use virtio_queue::{Queue, QueueT};
+/// # use vm_memory::{FileOffset, GuestMemoryMmap};
+/// use devices::virtio::balloon::Balloon;
+/// use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+/// use vm_memory::{Bytes, GuestAddress};
+///
+/// # let ram = std::fs::File::from(memfd_create("ram", MemfdFlags::CLOEXEC)?);
+/// # ram.set_len(1 << 16)?;
+/// # let range = (GuestAddress(0), 1 << 16, Some(FileOffset::new(ram, 0)));
+/// # let memory: Memory = Arc::new(GuestMemoryMmap::from_ranges_with_files([range])?);
+/// # let ring = |at: u32| {
+/// #     let mut queue = Queue::new(16).expect("a power of two");
+/// #     queue.set_desc_table_address(Some(at), None);
+/// #     queue.set_avail_ring_address(Some(at + 0x1000), None);
+/// #     queue.set_used_ring_address(Some(at + 0x2000), None);
+/// #     queue.set_ready(true);
+/// #     queue
+/// # };
+/// let (mut balloon, worker) = Balloon::new()?;
+/// let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
+/// events.add_subscriber(Box::new(worker));
+/// # let interrupt = Interrupt::new(Arc::new(Quiet));
+/// # let queues = vec![ring(0), ring(0x4000)];
+/// # balloon.activate(Activation { memory: memory.clone(), queues, features: F_VERSION_1, interrupt })?;
+/// // The guest puts its page 9 into the balloon, the one at 0x9000.
+/// memory.write_obj(7_u64, GuestAddress(0x9000))?;
+/// memory.write_obj(9_u32, GuestAddress(0x8000))?;
+/// memory.write_obj([0x8000_u64, 4], GuestAddress(0))?;
+/// memory.write_obj([0_u16, 1, 0], GuestAddress(0x1000))?;
+/// events.run_with_timeout(0)?;
+/// assert_eq!(balloon.handle().totals().inflated_bytes, 4096);
+/// assert_eq!(memory.read_obj::<u64>(GuestAddress(0x9000))?, 0, "the host has it back");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct BalloonWorker {
     shared: Arc<Shared>,
 }

@@ -19,6 +19,43 @@ pub(super) struct Counters {
 }
 
 /// The values of a disk's counters at one moment.
+///
+/// ```
+/// # struct Quiet;
+/// # impl devices::IrqLine for Quiet { fn raise(&self) {} }
+/// # use std::sync::Arc;
+/// # use devices::virtio::{Activation, F_VERSION_1, Interrupt, Memory, VirtioDevice};
+/// # use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+/// # use virtio_queue::{Queue, QueueT};
+/// # use vm_memory::GuestMemoryMmap;
+/// use devices::disk::{Disk, DiskMode};
+/// use devices::virtio::blk::{Blk, BlkTotals};
+/// use vm_memory::{Bytes, GuestAddress};
+///
+/// # let folder = tempfile::tempdir()?;
+/// # let image = folder.path().join("disk.img");
+/// # std::fs::File::create(&image)?.set_len(1 << 20)?;
+/// # let memory: Memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)])?);
+/// # let mut queue = Queue::new(16)?;
+/// # queue.set_avail_ring_address(Some(0x1000), None);
+/// # queue.set_used_ring_address(Some(0x2000), None);
+/// # queue.set_ready(true);
+/// let (mut blk, worker) = Blk::new(Disk::open(&image, DiskMode::ReadOnly)?, "disk0")?;
+/// let monitor = blk.monitor();
+/// # let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
+/// # events.add_subscriber(Box::new(worker));
+/// # let interrupt = Interrupt::new(Arc::new(Quiet));
+/// # let queues = vec![queue];
+/// # blk.activate(Activation { memory: memory.clone(), queues, features: F_VERSION_1, interrupt })?;
+/// // The guest sends a request of type 99, which is none, and gives a byte for the status.
+/// memory.write_obj(99_u32, GuestAddress(0x8000))?;
+/// memory.write_obj([0x8000_u64, 16 | 1 << 32 | 1 << 48, 0x9000, 1 | 2 << 32], GuestAddress(0))?;
+/// memory.write_obj([0_u16, 1, 0], GuestAddress(0x1000))?;
+/// events.run_with_timeout(0)?;
+/// assert_eq!(memory.read_obj::<u8>(GuestAddress(0x9000))?, 2, "VIRTIO_BLK_S_UNSUPP");
+/// assert_eq!(monitor.totals(), BlkTotals { refused: 1, ..BlkTotals::default() });
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlkTotals {
     /// Reads that succeeded.

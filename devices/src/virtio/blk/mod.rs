@@ -59,12 +59,54 @@ struct Shared {
 }
 
 /// The transport's half of a disk. See the module's documentation.
+///
+/// ```
+/// use devices::disk::{Disk, DiskMode};
+/// use devices::virtio::VirtioDevice;
+/// use devices::virtio::blk::Blk;
+///
+/// # let folder = tempfile::tempdir()?;
+/// # let image = folder.path().join("disk.img");
+/// # std::fs::File::create(&image)?.set_len(1 << 20)?;
+/// let (blk, worker) = Blk::new(Disk::open(&image, DiskMode::ReadOnly)?, "disk0")?;
+/// let mut capacity = [0; 8];
+/// blk.read_config(0, &mut capacity);
+/// assert_eq!(u64::from_le_bytes(capacity), 2048, "sectors, of an image of 1 MiB");
+/// assert_eq!(blk.features() >> 5 & 1, 1, "VIRTIO_BLK_F_RO");
+/// # drop(worker);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Blk {
     shared: Arc<Shared>,
     config: [u8; CONFIG_LEN],
 }
 
 /// A view of a disk for whoever reports on it.
+///
+/// ```
+/// # struct Quiet;
+/// # impl devices::IrqLine for Quiet { fn raise(&self) {} }
+/// # use devices::virtio::Memory;
+/// # use vm_memory::{GuestAddress, GuestMemoryMmap};
+/// use std::sync::Arc;
+///
+/// use devices::disk::{Disk, DiskMode};
+/// use devices::virtio::blk::Blk;
+/// use devices::virtio::mmio::MmioTransport;
+///
+/// # let folder = tempfile::tempdir()?;
+/// # let image = folder.path().join("disk.img");
+/// # std::fs::File::create(&image)?.set_len(1 << 20)?;
+/// # let memory: Memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)])?);
+/// let (blk, worker) = Blk::new(Disk::open(&image, DiskMode::Overlay)?, "disk0")?;
+/// let monitor = blk.monitor();
+/// let registers = MmioTransport::new(Box::new(blk), memory, Arc::new(Quiet));
+/// // The device is the transport's now; what it counts is still in view, from any thread.
+/// let totals = std::thread::spawn(move || monitor.totals()).join().expect("it only looks");
+/// assert_eq!((totals.written_bytes, totals.failed), (0, 0));
+/// # drop((registers, worker));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct BlkMonitor(Arc<Shared>);
 

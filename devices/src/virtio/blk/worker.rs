@@ -39,6 +39,25 @@ pub(super) struct Active {
 }
 
 /// The data path of a disk, to be added to the event manager of the I/O thread. Dropping it closes the disk.
+///
+/// ```
+/// use devices::disk::{Disk, DiskError, DiskMode};
+/// use devices::virtio::blk::Blk;
+/// use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+///
+/// # let folder = tempfile::tempdir()?;
+/// # let image = folder.path().join("disk.img");
+/// # std::fs::File::create(&image)?.set_len(1 << 20)?;
+/// let (blk, worker) = Blk::new(Disk::open(&image, DiskMode::ReadWrite)?, "disk0")?;
+/// let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
+/// events.add_subscriber(Box::new(worker));
+/// assert!(matches!(Disk::open(&image, DiskMode::ReadWrite), Err(DiskError::InUse(_))));
+/// // With the I/O thread's work the disk is closed, though somebody still holds the registers.
+/// drop(events);
+/// Disk::open(&image, DiskMode::ReadWrite)?;
+/// # drop(blk);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct BlkWorker {
     shared: Arc<Shared>,
     scratch: Scratch,

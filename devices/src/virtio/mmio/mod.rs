@@ -61,6 +61,29 @@ const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
 const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 
 /// Why a register access had no effect.
+///
+/// ```
+/// # struct Quiet;
+/// # impl devices::IrqLine for Quiet { fn raise(&self) {} }
+/// # use devices::virtio::Memory;
+/// # use devices::virtio::rng::Rng;
+/// # use vm_memory::{GuestAddress, GuestMemoryMmap};
+/// use std::sync::Arc;
+///
+/// use devices::BusDevice;
+/// use devices::virtio::mmio::{MmioTransport, Refusal};
+///
+/// # let memory: Memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)])?);
+/// # let (device, _worker) = Rng::new()?;
+/// let mut registers = MmioTransport::new(Box::new(device), memory, Arc::new(Quiet));
+/// registers.write(0x70, &4_u32.to_le_bytes()); // DRIVER_OK, without a word before
+/// registers.write(0x44, &1_u32.to_le_bytes()); // queue 0 is ready, it says
+/// let mut half = [0; 2];
+/// registers.read(0x00, &mut half);
+/// let refused = [Refusal::Status, Refusal::Order, Refusal::Width].map(|why| registers.refused(why));
+/// assert_eq!(refused, [1, 1, 1]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Refusal {
@@ -97,6 +120,34 @@ struct QueueSetup {
 }
 
 /// A virtio device's registers. See the module's documentation.
+///
+/// ```
+/// # struct Quiet;
+/// # impl devices::IrqLine for Quiet { fn raise(&self) {} }
+/// # use devices::virtio::Memory;
+/// # use vm_memory::{GuestAddress, GuestMemoryMmap};
+/// use std::sync::Arc;
+///
+/// use devices::BusDevice;
+/// use devices::virtio::mmio::{MmioTransport, Refusal};
+/// use devices::virtio::rng::Rng;
+///
+/// # let memory: Memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)])?);
+/// let (device, worker) = Rng::new()?;
+/// let mut registers = MmioTransport::new(Box::new(device), memory, Arc::new(Quiet));
+/// let mut word = [0; 4];
+/// registers.read(0x00, &mut word);
+/// assert_eq!(&word, b"virt");
+/// // A driver that accepts no feature at all: not even VERSION_1, so it does not get FEATURES_OK.
+/// for status in [1, 1 | 2, 1 | 2 | 8_u32] {
+///     registers.write(0x70, &status.to_le_bytes());
+/// }
+/// registers.read(0x70, &mut word);
+/// assert_eq!(u32::from_le_bytes(word), 1 | 2);
+/// assert_eq!(registers.refused(Refusal::Features), 1);
+/// # drop(worker);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct MmioTransport {
     device: Box<dyn VirtioDevice>,
     memory: Memory,

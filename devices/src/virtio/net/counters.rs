@@ -19,6 +19,16 @@ pub(super) struct NetCounters {
 }
 
 /// The values of a NIC's counters at one moment.
+///
+/// ```
+/// use devices::virtio::net::NetTotals;
+///
+/// // Two looks at a NIC's `NetMonitor::totals`.
+/// let before = NetTotals { rx_frames: 1_000, interrupts: 100, ..NetTotals::default() };
+/// let now = NetTotals { rx_frames: 4_200, interrupts: 150, ..before };
+/// let (frames, interrupts) = (now.rx_frames - before.rx_frames, now.interrupts - before.interrupts);
+/// assert_eq!(frames / interrupts, 64, "frames that an interrupt tells of");
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NetTotals {
     /// Frames that the port took from the guest.

@@ -66,12 +66,71 @@ struct Shared {
 }
 
 /// The transport's half of a NIC. See the module's documentation.
+///
+/// ```
+/// use devices::virtio::VirtioDevice;
+/// use devices::virtio::net::Net;
+/// use net::MacAddr;
+/// use net::switch::Switch;
+///
+/// let mac = MacAddr::for_name("network", "vm1");
+/// let port = Switch::new().plug(Some(mac))?;
+/// let (nic, worker) = Net::new(mac, Box::new(port))?;
+/// let mut space = [0; 8];
+/// nic.read_config(0, &mut space);
+/// assert_eq!(space[..6], mac.0);
+/// assert_eq!(space[6] & 1, 1, "the link is up");
+/// # drop(worker);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Net {
     shared: Arc<Shared>,
     offered: u64,
 }
 
 /// A view of a NIC for whoever reports on it.
+///
+/// ```
+/// # struct Quiet;
+/// # impl devices::IrqLine for Quiet { fn raise(&self) {} }
+/// # use std::sync::Arc;
+/// # use devices::virtio::{Activation, F_VERSION_1, Interrupt, Memory, VirtioDevice};
+/// # use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+/// # use net::MacAddr;
+/// # use net::switch::Switch;
+/// # use virtio_queue::{Queue, QueueT};
+/// # use vm_memory::GuestMemoryMmap;
+/// use devices::virtio::net::Net;
+/// use vm_memory::{Bytes, GuestAddress};
+///
+/// # let memory: Memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)])?);
+/// # let ring = |at: u32| {
+/// #     let mut queue = Queue::new(16).expect("a power of two");
+/// #     queue.set_desc_table_address(Some(at), None);
+/// #     queue.set_avail_ring_address(Some(at + 0x1000), None);
+/// #     queue.set_used_ring_address(Some(at + 0x2000), None);
+/// #     queue.set_ready(true);
+/// #     queue
+/// # };
+/// # let mac = MacAddr::for_name("network", "vm1");
+/// # let port = Switch::new().plug(Some(mac))?;
+/// let (mut nic, worker) = Net::new(mac, Box::new(port))?;
+/// let monitor = nic.monitor();
+/// # let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
+/// # events.add_subscriber(Box::new(worker));
+/// # let interrupt = Interrupt::new(Arc::new(Quiet));
+/// # let queues = vec![ring(0x4000), ring(0), Queue::new(16)?];
+/// # nic.activate(Activation { memory: memory.clone(), queues, features: F_VERSION_1, interrupt })?;
+/// // The guest sends 60 bytes to everybody, behind a virtio_net_hdr of 12 zeros.
+/// memory.write_obj([0xff_u8; 6], GuestAddress(0x8000 + 12))?;
+/// memory.write_obj(mac.0, GuestAddress(0x8000 + 18))?;
+/// memory.write_obj([0x8000_u64, 12 + 60], GuestAddress(0))?;
+/// memory.write_obj([0_u16, 1, 0], GuestAddress(0x1000))?;
+/// events.run_with_timeout(0)?;
+/// // Both sides of the seam agree.
+/// assert_eq!((monitor.totals().tx_frames, monitor.port().tx_frames), (1, 1));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct NetMonitor(Arc<Shared>);
 

@@ -76,6 +76,23 @@ struct Scratch {
 }
 
 /// The data path of a NIC, to be added to the event manager of the I/O thread.
+///
+/// ```
+/// use devices::virtio::VirtioDevice;
+/// use devices::virtio::net::Net;
+/// use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+/// use net::MacAddr;
+/// use net::switch::Switch;
+///
+/// let mac = MacAddr::for_name("network", "vm1");
+/// let (nic, worker) = Net::new(mac, Box::new(Switch::new().plug(Some(mac))?))?;
+/// let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
+/// events.add_subscriber(Box::new(worker));
+/// nic.doorbell().ring();
+/// assert_eq!(events.run_with_timeout(0)?, 1, "a turn");
+/// assert_eq!(events.run_with_timeout(0)?, 0, "without a driver there is nothing to do");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct NetWorker {
     shared: Arc<Shared>,
     scratch: Scratch,

@@ -5,6 +5,43 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::once::Tally;
 
 /// Why a packet or a client was refused. Each is counted every time and logged once.
+///
+/// ```
+/// # struct Quiet;
+/// # impl devices::IrqLine for Quiet { fn raise(&self) {} }
+/// # use std::sync::Arc;
+/// # use devices::virtio::{Activation, F_VERSION_1, Interrupt, Memory, VirtioDevice};
+/// # use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+/// # use virtio_queue::{Queue, QueueT};
+/// # use vm_memory::{GuestAddress, GuestMemoryMmap};
+/// use std::io::{Read, Write};
+/// use std::os::unix::net::UnixStream;
+///
+/// use devices::virtio::vsock::{GUEST_CID, Refusal, Vsock};
+///
+/// # let folder = tempfile::tempdir()?;
+/// # let memory: Memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)])?);
+/// let path = folder.path().join("vsock.sock");
+/// let (mut vsock, worker) = Vsock::new(GUEST_CID, &path)?;
+/// let monitor = vsock.monitor();
+/// # let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
+/// # events.add_subscriber(Box::new(worker));
+/// # let interrupt = Interrupt::new(Arc::new(Quiet));
+/// # let empty = || {
+/// #     let mut queue = Queue::new(16).expect("a power of two");
+/// #     queue.set_avail_ring_address(Some(0x1000), None);
+/// #     queue.set_ready(true);
+/// #     queue
+/// # };
+/// # let queues = vec![empty(), empty(), empty()];
+/// # vsock.activate(Activation { memory, queues, features: F_VERSION_1, interrupt })?;
+/// let mut client = UnixStream::connect(&path)?;
+/// client.write_all(b"GET / HTTP/1.0\n")?; // where CONNECT <port> is expected
+/// while events.run_with_timeout(0)? > 0 {}
+/// assert_eq!(monitor.totals().refused(Refusal::BadLine), 1);
+/// assert_eq!(client.read(&mut [0])?, 0, "the connection is closed");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Refusal {
@@ -103,6 +140,42 @@ pub(super) struct VsockCounters {
 }
 
 /// The values of a device's counters at one moment.
+///
+/// ```
+/// # struct Quiet;
+/// # impl devices::IrqLine for Quiet { fn raise(&self) {} }
+/// # use std::sync::Arc;
+/// # use devices::virtio::{Activation, F_VERSION_1, Interrupt, Memory, VirtioDevice};
+/// # use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+/// # use virtio_queue::{Queue, QueueT};
+/// # use vm_memory::{GuestAddress, GuestMemoryMmap};
+/// use std::os::unix::net::UnixStream;
+///
+/// use devices::virtio::vsock::{GUEST_CID, Vsock};
+///
+/// # let folder = tempfile::tempdir()?;
+/// # let memory: Memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)])?);
+/// let path = folder.path().join("vsock.sock");
+/// let (mut vsock, worker) = Vsock::new(GUEST_CID, &path)?;
+/// let monitor = vsock.monitor();
+/// # let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
+/// # events.add_subscriber(Box::new(worker));
+/// # let interrupt = Interrupt::new(Arc::new(Quiet));
+/// # let empty = || {
+/// #     let mut queue = Queue::new(16).expect("a power of two");
+/// #     queue.set_avail_ring_address(Some(0x1000), None);
+/// #     queue.set_ready(true);
+/// #     queue
+/// # };
+/// # let queues = vec![empty(), empty(), empty()];
+/// # vsock.activate(Activation { memory, queues, features: F_VERSION_1, interrupt })?;
+/// let client = UnixStream::connect(&path)?;
+/// while events.run_with_timeout(0)? > 0 {}
+/// let totals = monitor.totals();
+/// assert_eq!((totals.open, totals.opened), (1, 0), "it has not said yet what it wants");
+/// # drop(client);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VsockTotals {
     /// Connections that both sides agreed to.

@@ -7,6 +7,20 @@ use std::path::PathBuf;
 pub const MAX_PATH: usize = 107;
 
 /// Why a virtio-vsock device could not be made.
+///
+/// ```
+/// use devices::virtio::vsock::{GUEST_CID, Vsock, VsockError};
+///
+/// # let folder = tempfile::tempdir()?;
+/// let path = folder.path().join("vsock.sock");
+/// std::fs::write(&path, "somebody's notes")?;
+/// let refused = Vsock::new(GUEST_CID, &path).err();
+/// assert!(matches!(refused, Some(VsockError::NotASocket(_))));
+/// assert_eq!(std::fs::read(&path)?, b"somebody's notes");
+/// // 2 is the host itself.
+/// assert!(matches!(Vsock::new(2, &path).err(), Some(VsockError::Cid(2))));
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum VsockError {
     /// An address that is reserved or too large.

@@ -87,9 +87,49 @@ impl Shared {
 }
 
 /// The transport's half of the device. See the module's documentation.
+///
+/// ```
+/// use std::os::unix::fs::PermissionsExt;
+///
+/// use devices::virtio::VirtioDevice;
+/// use devices::virtio::vsock::{GUEST_CID, Vsock};
+///
+/// # let folder = tempfile::tempdir()?;
+/// let path = folder.path().join("vsock.sock");
+/// let (vsock, worker) = Vsock::new(GUEST_CID, &path)?;
+/// let mut cid = [0; 8];
+/// vsock.read_config(0, &mut cid);
+/// assert_eq!(u64::from_le_bytes(cid), 3);
+/// assert_eq!(path.metadata()?.permissions().mode() & 0o777, 0o600);
+/// # drop(worker);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Vsock(Arc<Shared>);
 
 /// A view of a device for whoever reports on it.
+///
+/// ```
+/// # struct Quiet;
+/// # impl devices::IrqLine for Quiet { fn raise(&self) {} }
+/// # use devices::virtio::Memory;
+/// # use vm_memory::{GuestAddress, GuestMemoryMmap};
+/// use std::sync::Arc;
+///
+/// use devices::virtio::mmio::MmioTransport;
+/// use devices::virtio::vsock::{GUEST_CID, Refusal, Vsock};
+///
+/// # let folder = tempfile::tempdir()?;
+/// # let memory: Memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)])?);
+/// let path = folder.path().join("vsock.sock");
+/// let (vsock, worker) = Vsock::new(GUEST_CID, &path)?;
+/// let monitor = vsock.monitor();
+/// let registers = MmioTransport::new(Box::new(vsock), memory, Arc::new(Quiet));
+/// // The device is the transport's now; what it counts is still in view.
+/// let totals = monitor.totals();
+/// assert!(Refusal::ALL.into_iter().all(|why| totals.refused(why) == 0), "nobody was refused yet");
+/// # drop((registers, worker));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct VsockMonitor(Arc<Shared>);
 

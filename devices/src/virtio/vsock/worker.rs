@@ -47,6 +47,26 @@ pub(super) struct Active {
 }
 
 /// The half for the event manager of the I/O thread.
+///
+/// ```
+/// use std::os::unix::net::UnixStream;
+///
+/// use devices::virtio::vsock::{GUEST_CID, Vsock};
+/// use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+///
+/// # let folder = tempfile::tempdir()?;
+/// let path = folder.path().join("vsock.sock");
+/// let (vsock, worker) = Vsock::new(GUEST_CID, &path)?;
+/// let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
+/// events.add_subscriber(Box::new(worker));
+/// // A client that comes before the guest's driver waits in the socket's queue.
+/// let client = UnixStream::connect(&path)?;
+/// assert_eq!(events.run_with_timeout(0)?, 0);
+/// drop(events);
+/// assert!(!path.exists(), "the socket goes with the worker");
+/// # drop((client, vsock));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct VsockWorker {
     shared: Arc<Shared>,
     listener: Listener,
