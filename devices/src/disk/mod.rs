@@ -183,13 +183,16 @@ pub trait Storage: Send + Sync {
 /// How an image is used.
 ///
 /// ```
-/// use devices::disk::{Disk, DiskMode};
+/// use devices::disk::{Disk, DiskError, DiskMode};
 ///
 /// # let folder = tempfile::tempdir()?;
 /// # let base = folder.path().join("base.img");
 /// # std::fs::write(&base, [0; 4096])?;
 /// // Any number of machines on one base, each with what it wrote itself.
 /// let disks = [Disk::open(&base, DiskMode::Overlay)?, Disk::open(&base, DiskMode::Overlay)?];
+/// assert!(disks.iter().all(|disk| !disk.read_only()));
+/// // The base itself is nobody's to write meanwhile.
+/// assert!(matches!(Disk::open(&base, DiskMode::ReadWrite), Err(DiskError::InUse(_))));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
