@@ -10,7 +10,7 @@ mod mac;
 pub mod nat;
 pub mod pcap;
 mod port;
-pub mod segment;
+mod segment;
 pub mod switch;
 pub mod tap;
 #[cfg(any(test, feature = "testing"))]

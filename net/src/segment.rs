@@ -25,7 +25,7 @@ use crate::port::{Counters, DropReason, ETHERNET_LEN, Lent, Offloads, RxRing};
 use crate::vnet::{GsoType, VnetFlags, VnetHdr};
 
 /// Most pieces that one frame is cut into: 64 KiB at the smallest MSS that Linux agrees to (48 bytes), and some.
-pub const MAX_PIECES: usize = 2048;
+pub(crate) const MAX_PIECES: usize = 2048;
 /// Extension headers of an IPv6 packet that are looked through (hop-by-hop, destination, routing).
 const MAX_EXTENSIONS: usize = 8;
 /// 802.1Q tags that are looked through.
@@ -50,7 +50,7 @@ const UDP_CSUM: usize = 6;
 
 /// Why a frame can't be cut or completed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Malformed {
+pub(crate) enum Malformed {
     /// A header is not wholly in the frame, or not what its lengths say.
     #[error("the {0} header is cut short or inconsistent")]
     Header(&'static str),
@@ -79,7 +79,7 @@ pub enum Malformed {
 }
 
 /// Whether a receiver that accepts only `granted` must be helped with a frame that has this header.
-pub fn needs_help(hdr: &VnetHdr, granted: Offloads) -> bool {
+pub(crate) fn needs_help(hdr: &VnetHdr, granted: Offloads) -> bool {
     let wanted = match hdr.gso_type {
         GsoType::None => Offloads::empty(),
         GsoType::Tcp4 => Offloads::TSO4,
@@ -94,7 +94,7 @@ pub fn needs_help(hdr: &VnetHdr, granted: Offloads) -> bool {
 
 /// The header as a receiver that accepts `granted` may see it, for a frame that needs no help: without
 /// `DATA_VALID` when checksum offload was not agreed (virtio 1.3 §5.1.6.4.1).
-pub fn visible_hdr(hdr: VnetHdr, granted: Offloads) -> VnetHdr {
+pub(crate) fn visible_hdr(hdr: VnetHdr, granted: Offloads) -> VnetHdr {
     if granted.contains(Offloads::CSUM) { VnetHdr { num_buffers: 0, ..hdr } } else { VnetHdr::default() }
 }
 
@@ -102,7 +102,7 @@ pub fn visible_hdr(hdr: VnetHdr, granted: Offloads) -> VnetHdr {
 ///
 /// # Errors
 /// When the checksum's place is outside the frame.
-pub fn complete_checksum(hdr: &VnetHdr, frame: &mut [u8]) -> Result<(), Malformed> {
+pub(crate) fn complete_checksum(hdr: &VnetHdr, frame: &mut [u8]) -> Result<(), Malformed> {
     if !hdr.flags.contains(VnetFlags::NEEDS_CSUM) {
         return Ok(());
     }
@@ -119,7 +119,7 @@ pub fn complete_checksum(hdr: &VnetHdr, frame: &mut [u8]) -> Result<(), Malforme
 
 /// How a super-segment is cut. Holds offsets only: the frame stays with the caller and must not change.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub(crate) struct Plan {
     /// Where the IP header starts.
     network: usize,
     /// IPv4 or IPv6.
@@ -141,7 +141,7 @@ impl Plan {
     ///
     /// # Errors
     /// See [`Malformed`]; the frame is then to be dropped.
-    pub fn new(hdr: &VnetHdr, frame: &[u8]) -> Result<Self, Malformed> {
+    pub(crate) fn new(hdr: &VnetHdr, frame: &[u8]) -> Result<Self, Malformed> {
         let (ethertype, network) = ethernet(frame)?;
         let (v6, protocol) = match hdr.gso_type {
             GsoType::Tcp4 => (false, TCP),
@@ -175,14 +175,14 @@ impl Plan {
     }
 
     /// How many frames come of it; at least one and at most [`MAX_PIECES`].
-    pub fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.payload.div_ceil(self.size.max(1))
     }
 
     /// Writes piece `index` of `frame`, a whole Ethernet frame with complete checksums, into `out`.
     ///
     /// `index` is below [`Self::count`], and `frame` the one that the plan was made for.
-    pub fn piece(&self, frame: &[u8], index: usize, out: &mut Vec<u8>) {
+    pub(crate) fn piece(&self, frame: &[u8], index: usize, out: &mut Vec<u8>) {
         let payload = self.payload_range(index);
         let last = payload.end == self.headers + self.payload;
         out.clear();
@@ -351,7 +351,7 @@ fn u16_len(len: usize) -> u16 {
 /// It owns its bytes. Pieces are made one at a time as the ring has room, so a super-segment for a small ring costs
 /// no more memory than one frame and one piece.
 #[derive(Debug, Default)]
-pub struct Parked {
+pub(crate) struct Parked {
     hdr: VnetHdr,
     frame: Vec<u8>,
     /// `None`: the frame goes as it is.
@@ -365,7 +365,7 @@ impl Parked {
     ///
     /// # Errors
     /// When the frame needs help and is malformed.
-    pub fn new(hdr: VnetHdr, mut frame: Vec<u8>, granted: Offloads) -> Result<Self, Malformed> {
+    pub(crate) fn new(hdr: VnetHdr, mut frame: Vec<u8>, granted: Offloads) -> Result<Self, Malformed> {
         if !needs_help(&hdr, granted) {
             return Ok(Self { hdr: visible_hdr(hdr, granted), frame, ..Self::default() });
         }
@@ -378,18 +378,13 @@ impl Parked {
     }
 
     /// Bytes that it holds.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.frame.len()
-    }
-
-    /// Whether there is nothing to deliver.
-    pub fn is_empty(&self) -> bool {
-        self.frame.is_empty()
     }
 
     /// Passes to the ring what it has room for. Returns whether all of it is through; what the guest's buffers
     /// can never hold is counted and counts as through.
-    pub fn deliver(&mut self, ring: &mut dyn RxRing, counters: &mut Counters) -> bool {
+    pub(crate) fn deliver(&mut self, ring: &mut dyn RxRing, counters: &mut Counters) -> bool {
         let Some(plan) = &self.plan else {
             return offer(ring, self.hdr, &self.frame, counters);
         };

@@ -35,17 +35,19 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use vm_memory::VolatileSlice;
 
 mod fan;
+mod port;
 mod sys;
 mod table;
 
 use fan::{Direct, Fan};
+pub use port::SwitchPort;
 use sys::{Bell, Gather};
 pub use table::{AGEING, MAX_LEARNED};
 use table::{Side, Table, To};
@@ -503,107 +505,6 @@ fn gather(parts: &[VolatileSlice<'_>], len: usize) -> Vec<u8> {
     let n = TxFrame { hdr: VnetHdr::default(), parts }.copy_out(0, &mut bytes);
     bytes.truncate(n);
     bytes
-}
-
-/// A port of a [`Switch`]. Dropping it unplugs it.
-pub struct SwitchPort {
-    shared: Arc<Shared>,
-    id: usize,
-    gather: Arc<Gather>,
-}
-
-impl SwitchPort {
-    /// The number under which [`Switch::stations`] lists what is behind this port.
-    pub fn number(&self) -> usize {
-        self.id
-    }
-}
-
-impl fmt::Debug for SwitchPort {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SwitchPort").field("number", &self.id).finish_non_exhaustive()
-    }
-}
-
-impl AsFd for SwitchPort {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        (*self.gather).as_fd()
-    }
-}
-
-impl FramePort for SwitchPort {
-    fn offloads(&self) -> Offloads {
-        self.shared.offloads
-    }
-
-    fn set_offloads(&mut self, guest: Offloads) -> io::Result<()> {
-        if !self.shared.offloads.contains(guest) {
-            let text = format!("the switch offers {:?}, not {guest:?}", self.shared.offloads);
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
-        }
-        let mut state = self.shared.lock();
-        if let Some(port) = state.port(self.id) {
-            port.granted = guest;
-            // What waits was prepared for the driver that is gone.
-            port.queue.clear();
-            port.bytes = 0;
-        }
-        Ok(())
-    }
-
-    fn mtu(&self) -> u16 {
-        self.shared.mtu
-    }
-
-    fn send(&mut self, frame: &TxFrame<'_>) -> Sent {
-        let mut state = self.shared.lock();
-        let sent = state.send(self.id, frame, Instant::now());
-        if let Some(port) = state.port(self.id) {
-            match sent {
-                Sent::Taken => {
-                    port.counters.tx_frames += 1;
-                    port.counters.tx_bytes += frame.len() as u64;
-                }
-                Sent::Dropped(reason) => {
-                    port.counters.drop_frame(reason, || format!("from switch port {}", self.id));
-                }
-                Sent::Full => {}
-            }
-        }
-        sent
-    }
-
-    fn recv(&mut self, ring: &mut dyn RxRing) -> Received {
-        self.shared.lock().recv(self.id, ring)
-    }
-
-    fn link_up(&self) -> bool {
-        self.shared.lock().uplink.as_ref().is_none_or(|uplink| uplink.link_up())
-    }
-
-    fn counters(&self) -> Counters {
-        self.shared.lock().port(self.id).map(|port| port.counters.clone()).unwrap_or_default()
-    }
-}
-
-impl Drop for SwitchPort {
-    fn drop(&mut self) {
-        let mut state = self.shared.lock();
-        state.table.unplug(Side::Port(self.id));
-        let led = state.leader == Some(self.id);
-        if led {
-            state.lead(None);
-        }
-        state.ports[self.id] = None;
-        if led {
-            state.elect();
-            if state.leader.is_none() {
-                // Everybody is stalled: whoever wakes first takes the lead.
-                let first = state.ports.iter().position(Option::is_some);
-                state.lead(first);
-            }
-        }
-    }
 }
 
 #[cfg(test)]
