@@ -19,6 +19,19 @@ use vm_memory::{Bytes, VolatileSlice};
 const STRIDE: usize = 4096;
 
 /// A running ones-complement sum.
+///
+/// ```
+/// use net::checksum::{Sum, is_valid};
+///
+/// let mut packet = *b"\x08\0\0\0\0\x07\0\x01ping!"; // an echo request, its checksum not filled in
+/// let mut sum = Sum::new();
+/// sum.add(&packet[..5]); // pieces may have odd lengths
+/// sum.add(&packet[5..]);
+/// packet[2..4].copy_from_slice(&sum.finish().to_be_bytes());
+/// assert!(is_valid(&packet));
+/// packet[12] ^= 1;
+/// assert!(!is_valid(&packet));
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sum {
     /// In the host's byte order, folded to 32 bits after each addition.

@@ -40,6 +40,18 @@ pub const MAX_FRAME: usize = ETHERNET_LEN + 4 + 65_535;
 
 bitflags! {
     /// Work on a frame that its receiver is able to take over from its sender.
+    ///
+    /// ```
+    /// use net::switch::Switch;
+    /// use net::{FramePort, Offloads};
+    ///
+    /// let mut port = Switch::new().plug(None)?;
+    /// let guest = Offloads::CSUM | Offloads::TSO4;
+    /// assert!(port.offloads().contains(guest), "a guest may accept part of what is offered");
+    /// port.set_offloads(guest)?;
+    /// assert!(!guest.contains(Offloads::TSO6), "IPv6 super-segments reach this guest in pieces");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct Offloads: u8 {
         /// Completes partial checksums (`NEEDS_CSUM`).
@@ -56,6 +68,19 @@ bitflags! {
 }
 
 /// A frame on its way out of the guest.
+///
+/// ```
+/// use net::{TxFrame, VnetHdr};
+///
+/// // A guest puts the header and the payload into buffers of their own.
+/// let (mut header, mut payload) = ([0xff; 14], *b"payload");
+/// let parts = [header.as_mut_slice().into(), payload.as_mut_slice().into()];
+/// let frame = TxFrame { hdr: VnetHdr::default(), parts: &parts };
+/// let mut bytes = [0; 4];
+/// assert_eq!(frame.copy_out(17, &mut bytes), 4, "no more than there is room for");
+/// assert_eq!((frame.len(), &bytes), (21, b"load"));
+/// assert_eq!(frame.parts_from(14).count(), 1, "the payload alone");
+/// ```
 #[derive(Clone, Copy)]
 pub struct TxFrame<'a> {
     /// The header, already checked against the frame's length by [`VnetHdr::parse`].
@@ -102,6 +127,21 @@ impl<'a> TxFrame<'a> {
 }
 
 /// What became of a frame that was given to [`FramePort::send`].
+///
+/// ```
+/// use net::switch::Switch;
+/// use net::{DropReason, FramePort, Sent, TxFrame, VnetHdr};
+///
+/// let mut port = Switch::new().plug(None)?;
+/// let mut bytes = [[0xff; 6], [2; 6], [0; 6]].concat(); // to everybody
+/// let mut send = |len: usize| {
+///     let parts = [(&mut bytes[..len]).into()];
+///     port.send(&TxFrame { hdr: VnetHdr::default(), parts: &parts })
+/// };
+/// assert_eq!(send(18), Sent::Taken);
+/// assert_eq!(send(13), Sent::Dropped(DropReason::Malformed), "an Ethernet header has 14 bytes");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Sent {
@@ -115,6 +155,25 @@ pub enum Sent {
 }
 
 /// How [`FramePort::recv`] ended.
+///
+/// ```
+/// use net::switch::Switch;
+/// use net::{FramePort, Lent, Received, RxRing, TxFrame, VnetHdr};
+///
+/// /// A guest that has posted no buffer.
+/// struct Dry;
+/// # impl RxRing for Dry {
+/// #     fn lend(&mut self, _: usize, _: usize) -> Lent<'_> { Lent::Empty }
+/// #     fn commit(&mut self, _: VnetHdr, _: usize) {}
+/// # }
+/// let switch = Switch::new();
+/// let (mut a, mut b) = (switch.plug(None)?, switch.plug(None)?);
+/// assert_eq!(b.recv(&mut Dry), Received::Drained, "nothing has come yet");
+/// let mut broadcast = [[0xff; 6], [2; 6], [0; 6]].concat();
+/// let _ = a.send(&TxFrame { hdr: VnetHdr::default(), parts: &[broadcast.as_mut_slice().into()] });
+/// assert_eq!(b.recv(&mut Dry), Received::RingFull, "the frame waits until the guest posts a buffer");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Received {
@@ -128,6 +187,31 @@ pub enum Received {
 }
 
 /// What [`RxRing::lend`] had to offer.
+///
+/// ```
+/// use net::{Counters, DropReason, Lent, Received, RxRing, VnetHdr};
+///
+/// /// What a port does with a frame of 60 bytes; `None`: on to the next one.
+/// fn pass_on(frame: &[u8; 60], ring: &mut dyn RxRing, counters: &mut Counters) -> Option<Received> {
+///     match ring.lend(60, 60) {
+///         Lent::Empty => return Some(Received::RingFull), // and keep the frame
+///         Lent::TooSmall => counters.drop_frame(DropReason::RxBufferTooSmall, || "60 bytes".into()),
+///         Lent::Buffers(parts) => {
+///             parts[0].copy_from(frame); // a real port fills all the pieces
+///             ring.commit(VnetHdr::default(), 60);
+///         }
+///     }
+///     None
+/// }
+/// # struct Small;
+/// # impl RxRing for Small {
+/// #     fn lend(&mut self, _: usize, _: usize) -> Lent<'_> { Lent::TooSmall }
+/// #     fn commit(&mut self, _: VnetHdr, _: usize) {}
+/// # }
+/// let mut counters = Counters::default();
+/// assert_eq!(pass_on(&[0; 60], &mut Small, &mut counters), None, "waiting would not help");
+/// assert_eq!(counters.dropped(DropReason::RxBufferTooSmall), 1);
+/// ```
 pub enum Lent<'a> {
     /// Room for the frame, in pieces, none of them empty.
     Buffers(&'a [VolatileSlice<'a>]),
@@ -140,6 +224,43 @@ pub enum Lent<'a> {
 /// The guest's posted receive buffers, lent by the NIC for the duration of one [`FramePort::recv`].
 ///
 /// The buffers exclude the `virtio_net_hdr`, which the NIC writes itself on `commit`.
+///
+/// ```
+/// use net::switch::Switch;
+/// use net::{FramePort, Lent, Received, RxRing, TxFrame, VnetHdr};
+/// use vm_memory::VolatileSlice;
+///
+/// /// A guest that posts one buffer of a fixed size.
+/// struct OneBuffer<'a> {
+///     buffer: [VolatileSlice<'a>; 1],
+///     used: Option<usize>,
+/// }
+///
+/// impl RxRing for OneBuffer<'_> {
+///     fn lend(&mut self, min: usize, _max: usize) -> Lent<'_> {
+///         match self.used {
+///             _ if self.buffer[0].len() < min => Lent::TooSmall,
+///             None => Lent::Buffers(&self.buffer),
+///             Some(_) => Lent::Empty,
+///         }
+///     }
+///
+///     fn commit(&mut self, _hdr: VnetHdr, len: usize) {
+///         self.used = Some(len);
+///     }
+/// }
+///
+/// # let switch = Switch::new();
+/// # let (mut a, mut b) = (switch.plug(None)?, switch.plug(None)?);
+/// # let mut broadcast = [[0xff; 6], [2; 6], [0; 6]].concat();
+/// # let _ = a.send(&TxFrame { hdr: VnetHdr::default(), parts: &[broadcast.as_mut_slice().into()] });
+/// let mut memory = [0; 2048];
+/// let mut ring = OneBuffer { buffer: [memory.as_mut_slice().into()], used: None };
+/// assert_eq!(b.recv(&mut ring), Received::Drained);
+/// assert_eq!(ring.used, Some(18), "the frame that the other port sent, without a virtio_net_hdr");
+/// assert!(matches!(ring.lend(18, 18), Lent::Empty));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub trait RxRing {
     /// Lends room for a frame: at least `min` bytes and, if the guest has posted them, up to `max`.
     ///
@@ -154,6 +275,18 @@ pub trait RxRing {
 }
 
 /// Why a frame was not forwarded. Every refusal of this crate ends in one of these and is counted.
+///
+/// ```
+/// use net::switch::Switch;
+/// use net::{DropReason, FramePort, Sent, TxFrame, VnetHdr};
+///
+/// let mut port = Switch::new().plug(None)?;
+/// let mut from_a_group = [0xff; 60];
+/// let frame = TxFrame { hdr: VnetHdr::default(), parts: &[from_a_group.as_mut_slice().into()] };
+/// assert_eq!(port.send(&frame), Sent::Dropped(DropReason::BadSource));
+/// assert_eq!(port.counters().dropped(DropReason::BadSource), 1, "no refusal is silent");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum DropReason {
@@ -229,6 +362,18 @@ impl DropReason {
 }
 
 /// Frames, bytes and refusals of a port since it was made.
+///
+/// ```
+/// use net::{Counters, DropReason};
+///
+/// let mut counters = Counters::default();
+/// for seq in [7, 8] {
+///     // The text is made, and logged, for the first one only.
+///     counters.drop_frame(DropReason::Tcp, || format!("segment {seq}"));
+/// }
+/// assert_eq!(counters.drops().collect::<Vec<_>>(), [(DropReason::Tcp, 2)]);
+/// assert_eq!(counters.tx_frames, 0, "a refused frame was not taken");
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Frames that the guest sent and the port took.

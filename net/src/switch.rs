@@ -71,6 +71,21 @@ const FRAMES_PER_TURN: usize = 256;
 const DEFAULT_MTU: u16 = 1500;
 
 /// Why a port can't be had.
+///
+/// ```
+/// use net::MacAddr;
+/// use net::switch::{PlugError, Switch};
+///
+/// let switch = Switch::new();
+/// let mac = MacAddr::for_name("network", "vm1");
+/// let _vm1 = switch.plug(Some(mac))?;
+/// let error = switch.plug(Some(mac)).unwrap_err();
+/// assert!(matches!(error, PlugError::InUse(address) if address == mac));
+/// assert!(error.to_string().contains("--mac"), "the text says what to do");
+/// // A group's address is nobody's own.
+/// assert!(matches!(switch.plug(Some(MacAddr::BROADCAST)), Err(PlugError::InUse(_))));
+/// # Ok::<(), PlugError>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum PlugError {
     /// The address is another port's.
@@ -85,6 +100,20 @@ pub enum PlugError {
 }
 
 /// A station on the switch, for listings.
+///
+/// ```
+/// use net::switch::{Station, Switch};
+/// use net::{FramePort, MacAddr, TxFrame, VnetHdr};
+///
+/// let switch = Switch::new();
+/// let mut port = switch.plug(Some(MacAddr([2; 6])))?;
+/// // A machine behind the guest speaks: it is learned, the guest itself was announced.
+/// let mut bytes = [[0xff; 6], [6; 6], [0; 6]].concat();
+/// let _ = port.send(&TxFrame { hdr: VnetHdr::default(), parts: &[bytes.as_mut_slice().into()] });
+/// let station = |octet, pinned| Station { mac: MacAddr([octet; 6]), port: Some(port.number()), pinned };
+/// assert_eq!(switch.stations(), [station(2, true), station(6, false)]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Station {
     /// Its address.

@@ -14,6 +14,15 @@ pub const VNET_HDR_LEN: usize = 12;
 
 bitflags! {
     /// `flags` of the header.
+    ///
+    /// ```
+    /// use net::{VnetFlags, VnetHdr};
+    ///
+    /// // The frame's sender leaves the checksum to us; bit 7 means nothing, and is cleared.
+    /// let hdr = VnetHdr::parse(&[0x81, 0, 0, 0, 0, 0, 34, 0, 16, 0, 0, 0], 60)?;
+    /// assert_eq!(hdr.flags, VnetFlags::NEEDS_CSUM);
+    /// # Ok::<(), net::BadVnetHdr>(())
+    /// ```
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct VnetFlags: u8 {
         /// The checksum at `csum_start + csum_offset` holds only the pseudo-header sum.
@@ -24,6 +33,15 @@ bitflags! {
 }
 
 /// `gso_type` of the header, without the ECN bit.
+///
+/// ```
+/// use net::{GsoType, VnetHdr};
+///
+/// // 1 is TCP over IPv4 and 0x80 the ECN bit; each piece carries 0x05a8 = 1448 bytes.
+/// let hdr = VnetHdr::parse(&[1, 0x81, 66, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0], 60_000)?;
+/// assert_eq!((hdr.gso_type, hdr.ecn, hdr.gso_size), (GsoType::Tcp4, true, 1448));
+/// # Ok::<(), net::BadVnetHdr>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum GsoType {
     /// The frame fits the MTU as it stands.
@@ -42,6 +60,16 @@ pub enum GsoType {
 const GSO_ECN: u8 = 0x80;
 
 /// The header in host form. `Default` is a plain frame: complete checksums, no segmentation.
+///
+/// ```
+/// use net::{VnetFlags, VnetHdr};
+///
+/// assert_eq!(VnetHdr::default().to_bytes(), [0; 12], "a plain frame");
+/// // UDP behind Ethernet and IPv4: summed from byte 34 on, stored at 34 + 6.
+/// let hdr = VnetHdr { flags: VnetFlags::NEEDS_CSUM, csum_start: 34, csum_offset: 6, ..VnetHdr::default() };
+/// assert_eq!(VnetHdr::parse(&hdr.to_bytes(), 42)?, hdr, "the two bytes at 40 are just inside the frame");
+/// # Ok::<(), net::BadVnetHdr>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VnetHdr {
     /// Which fields below are meant.
@@ -63,6 +91,16 @@ pub struct VnetHdr {
 }
 
 /// Why a header that came from a guest or a peer was refused.
+///
+/// ```
+/// use net::{BadVnetHdr, VnetHdr};
+///
+/// let partial = [1, 0, 0, 0, 0, 0, 34, 0, 16, 0, 0, 0];
+/// assert!(VnetHdr::parse(&partial, 52).is_ok());
+/// let error = VnetHdr::parse(&partial, 51).unwrap_err();
+/// assert_eq!(error, BadVnetHdr::Checksum { start: 34, offset: 16, len: 51 });
+/// assert_eq!(VnetHdr::parse(&[0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], 60), Err(BadVnetHdr::GsoType(2)));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadVnetHdr {
     /// Unknown `gso_type`.

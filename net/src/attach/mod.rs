@@ -35,6 +35,23 @@ use self::wait::Waiter;
 use crate::{FramePort, Lent, MAX_FRAME, Received, RxRing, Sent, TxFrame, VnetHdr};
 
 /// Why [`run`] returned.
+///
+/// ```
+/// use std::io::Write;
+/// use std::os::fd::AsFd;
+/// use std::os::unix::net::UnixStream;
+///
+/// use net::attach::{self, Ended};
+/// use net::switch::Switch;
+///
+/// let switch = Switch::new();
+/// let (mut guest, mut network) = (switch.plug(None)?, switch.plug(None)?);
+/// let (stop, mut button) = UnixStream::pair()?;
+/// button.write_all(b"!")?;
+/// let ended = attach::run(&mut guest, &mut network, &[stop.as_fd()])?;
+/// assert_eq!(ended, Ended::Stopped(0), "the index of the descriptor that became readable");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
     /// This one of the caller's descriptors became readable.
@@ -44,6 +61,22 @@ pub enum Ended {
 }
 
 /// Why the ports can't be connected any longer.
+///
+/// ```
+/// use std::fs::File;
+/// use std::os::fd::AsFd;
+///
+/// use net::attach::{self, AttachError};
+/// use net::switch::Switch;
+///
+/// let switch = Switch::new();
+/// let (mut guest, mut network) = (switch.plug(None)?, switch.plug(None)?);
+/// // A regular file is always ready, so nobody can wait for it.
+/// let file = File::open("/proc/self/exe")?;
+/// let error = attach::run(&mut guest, &mut network, &[file.as_fd()]).unwrap_err();
+/// assert!(matches!(error, AttachError::Wait(_)), "{error}");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
     /// A side does not take what it offered.

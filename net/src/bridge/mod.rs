@@ -22,6 +22,17 @@ use std::io;
 use sys::{Control, IfName};
 
 /// Why a bridge can't be used.
+///
+/// ```
+/// use net::bridge::{BridgeError, preflight};
+///
+/// let error = preflight("no-bridge-here").unwrap_err();
+/// assert!(matches!(&error, BridgeError::Missing(name) if name == "no-bridge-here"));
+/// assert!(error.to_string().contains("scripts/bridge up"), "the text says what to do");
+/// // An interface's name has at most 15 bytes.
+/// assert!(matches!(preflight("sixteen-bytes-br"), Err(BridgeError::BadName(_))));
+/// assert!(matches!(preflight("lo"), Err(BridgeError::NotABridge { .. })));
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum BridgeError {
     /// There is no such interface.
@@ -74,6 +85,15 @@ pub enum BridgeError {
 }
 
 /// Something that will keep frames from crossing although nothing reports an error.
+///
+/// ```
+/// use net::bridge::Warning;
+///
+/// let warning = Warning::StpDelay { bridge: "br0".to_owned(), seconds: 30 };
+/// let text = warning.to_string();
+/// assert!(text.contains("its first 30 seconds"), "what will happen");
+/// assert!(text.ends_with("ip link set br0 type bridge stp_state 0"), "and what to do about it");
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Warning {
     /// The bridge is down.
@@ -125,6 +145,19 @@ impl fmt::Display for Warning {
 }
 
 /// A bridge that can be used.
+///
+/// ```
+/// use net::bridge::{BridgeError, preflight};
+///
+/// match preflight("br0") {
+///     Ok(bridge) => {
+///         println!("{}: MTU {}, {} ports", bridge.name, bridge.mtu, bridge.ports);
+///         bridge.warnings.iter().for_each(|warning| println!("warning: {warning}"));
+///     }
+///     // Most hosts have none; nothing was changed by looking.
+///     Err(error) => assert!(matches!(error, BridgeError::Missing(_)), "{error}"),
+/// }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bridge {
     /// Its name.

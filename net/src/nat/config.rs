@@ -100,6 +100,17 @@ impl NatConfig {
 }
 
 /// Bounds of what guests can make the network hold. Each limit's overflow is refused visibly and counted.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use net::nat::{Limits, NatConfig};
+///
+/// // A network for a machine that is not trusted with many of this host's sockets.
+/// let limits = Limits { tcp_flows: 64, udp_flows: 16, ..Limits::default() };
+/// let config = NatConfig { limits, ..NatConfig::default() };
+/// assert_eq!(config.limits.tcp_idle, Duration::from_secs(2 * 3600), "the others stay");
+/// ```
 #[derive(Clone, Debug)]
 pub struct Limits {
     /// TCP connections, in all states; further ones are answered with RST.
@@ -133,6 +144,18 @@ impl Default for Limits {
 }
 
 /// A DHCP reservation.
+///
+/// ```
+/// use net::MacAddr;
+/// use net::nat::{NatConfig, Reservation};
+///
+/// let mut config = NatConfig::default();
+/// let mac = MacAddr::for_name("default", "db");
+/// let db = Reservation { mac, addr: config.subnet.host(10), name: Some("db".to_owned()) };
+/// assert_eq!(db.addr.to_string(), "192.168.122.10");
+/// assert!(config.subnet.is_guest(db.addr), "neither the gateway nor the broadcast address");
+/// config.reservations.push(db);
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reservation {
     /// The machine.
@@ -160,6 +183,14 @@ pub struct Subnet {
 }
 
 /// A text that is not a subnet for guests.
+///
+/// ```
+/// use net::nat::Subnet;
+///
+/// assert!("10.9.0.0/29".parse::<Subnet>().is_ok(), "5 guests");
+/// let error = "10.9.0.0/30".parse::<Subnet>().unwrap_err();
+/// assert!(error.to_string().starts_with("'10.9.0.0/30' is not a subnet; write"));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("'{0}' is not a subnet; write an address and a prefix length from 8 to 29, such as 192.168.122.0/24")]
 pub struct BadSubnet(String);
@@ -239,6 +270,16 @@ impl FromStr for Subnet {
 }
 
 /// The protocol of a published port.
+///
+/// ```
+/// use net::nat::{Publish, PublishProtocol};
+///
+/// let dns: Publish = "5353:53/udp".parse()?;
+/// assert_eq!(dns.protocol, PublishProtocol::Udp);
+/// // TCP, unless it says otherwise.
+/// assert_eq!("5353:53".parse::<Publish>()?.protocol, PublishProtocol::Tcp);
+/// # Ok::<(), net::nat::BadPublish>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PublishProtocol {
     /// `-p 8080:80`
@@ -248,6 +289,19 @@ pub enum PublishProtocol {
 }
 
 /// Which guest a published port leads to.
+///
+/// ```
+/// use net::nat::{Nat, NatConfig, NatError, Publish, PublishTo};
+///
+/// let mut config = NatConfig::on_free_subnet()?;
+/// let to = |addr| vec![Publish { to: PublishTo::Addr(addr), ..Publish::tcp(0, 80) }];
+/// config.publish = to(config.subnet.host(5));
+/// assert_eq!(Nat::new(config.clone())?.published().len(), 1);
+/// // The gateway is not a guest.
+/// config.publish = to(config.gateway());
+/// assert!(matches!(Nat::new(config), Err(NatError::PublishTarget { .. })));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PublishTo {
     /// The only guest, or the first that was heard of.
@@ -305,6 +359,17 @@ impl fmt::Display for Publish {
 }
 
 /// A text that is not a published port.
+///
+/// ```
+/// use net::nat::{BadPublish, Publish};
+///
+/// let refused = |text: &str| text.parse::<Publish>().unwrap_err();
+/// assert!(matches!(refused("80"), BadPublish::Form(_)));
+/// assert!(matches!(refused("65536:80"), BadPublish::Port { port, .. } if port == "65536"));
+/// assert!(matches!(refused("::1:8080:80"), BadPublish::Form(_)), "IPv4 only");
+/// let text = refused("8080:80/sctp").to_string();
+/// assert_eq!(text, "'/sctp' in '8080:80/sctp' can't be published; write /tcp or /udp");
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadPublish {
     /// Not of the form at all.
@@ -370,6 +435,21 @@ impl FromStr for Publish {
 }
 
 /// Why a NAT network could not be made.
+///
+/// ```
+/// use std::net::TcpListener;
+///
+/// use net::nat::{Nat, NatConfig, NatError, Publish};
+///
+/// let somebody = TcpListener::bind("127.0.0.1:0")?;
+/// let publish = vec![Publish::tcp(somebody.local_addr()?.port(), 80)];
+/// let taken = Nat::new(NatConfig { publish, ..NatConfig::default() });
+/// assert!(matches!(taken, Err(NatError::PortInUse { .. })));
+/// // RFC 791 wants 576 bytes of everybody.
+/// let small = Nat::new(NatConfig { mtu: 575, ..NatConfig::default() });
+/// assert!(matches!(small, Err(NatError::Mtu(575))));
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NatError {

@@ -34,6 +34,25 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const WAITING: usize = 64;
 
 /// Why a stream was not taken.
+///
+/// ```
+/// use std::os::unix::net::UnixStream;
+///
+/// use net::nat::{ConnectError, Nat, NatConfig};
+///
+/// let mut nat = Nat::new(NatConfig::default())?;
+/// let handle = nat.handle()?;
+/// let gateway = Some(nat.config().gateway());
+/// let refused = handle.connect(gateway, 22, UnixStream::pair()?.0.into());
+/// assert!(matches!(refused, Err(ConnectError::NoGuest { .. })));
+/// // 64 streams may wait for a guest to appear, and no more.
+/// for _ in 0..64 {
+///     handle.connect(None, 22, UnixStream::pair()?.0.into())?;
+/// }
+/// let refused = handle.connect(None, 22, UnixStream::pair()?.0.into());
+/// assert!(matches!(refused, Err(ConnectError::Busy)));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     /// The network is gone: the machine has ended.

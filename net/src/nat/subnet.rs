@@ -31,11 +31,31 @@ const MAX_BYTES: u64 = 150 * MAX_LINES as u64;
 const TABLE: usize = 8 << 10;
 
 /// No candidate is free.
+///
+/// ```
+/// use net::nat::{NoFreeSubnet, Taken, choose};
+///
+/// let lan = Taken::new([192, 168, 0, 0].into(), 16);
+/// assert!(choose(&[lan]).is_ok(), "10.122.0.0/24 is left");
+/// let vpn = Taken::new([10, 0, 0, 0].into(), 8);
+/// assert_eq!(choose(&[lan, vpn]), Err(NoFreeSubnet));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("this host routes every candidate from 192.168.0.0/16 and 10.122.0.0/16; choose one with --subnet")]
 pub struct NoFreeSubnet;
 
 /// The subnet that was chosen.
+///
+/// ```
+/// use net::nat::{Taken, choose};
+///
+/// assert_eq!(choose(&[])?.conflict, None, "the default is free");
+/// let virbr0 = Taken::new([192, 168, 122, 0].into(), 24);
+/// let choice = choose(&[virbr0])?;
+/// assert_eq!(choice.subnet.to_string(), "192.168.123.0/24");
+/// assert_eq!(choice.conflict, Some(virbr0), "the reason, for a note to the user");
+/// # Ok::<(), net::nat::NoFreeSubnet>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Choice {
     /// Where the guests will live.
@@ -45,6 +65,17 @@ pub struct Choice {
 }
 
 /// A destination that the host already has: a route's, or one of its own addresses (/32).
+///
+/// ```
+/// use net::nat::{Subnet, Taken, choose};
+///
+/// assert_eq!(Taken::new([192, 168, 122, 7].into(), 24).to_string(), "192.168.122.0/24");
+/// // One address of the default is enough to avoid it; a default route takes nothing.
+/// let (own, default) = (Taken::new([192, 168, 122, 7].into(), 32), Taken::new([0, 0, 0, 0].into(), 0));
+/// assert_ne!(choose(&[own])?.subnet, Subnet::DEFAULT);
+/// assert_eq!(choose(&[default])?.subnet, Subnet::DEFAULT);
+/// # Ok::<(), net::nat::NoFreeSubnet>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Taken {
     network: Ipv4Addr,

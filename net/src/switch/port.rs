@@ -14,7 +14,20 @@ use super::sys::Gather;
 use super::table::Side;
 use crate::port::{Counters, FramePort, Offloads, Received, RxRing, Sent, TxFrame};
 
-/// A port of a [`Switch`]. Dropping it unplugs it.
+/// A port of a [`Switch`](super::Switch). Dropping it unplugs it.
+///
+/// ```
+/// use net::FramePort;
+/// use net::switch::Switch;
+///
+/// let switch = Switch::new();
+/// let (first, second) = (switch.plug(None)?, switch.plug(None)?);
+/// assert_eq!((first.number(), second.number()), (0, 1));
+/// assert_eq!(second.mtu(), 1500, "bytes of an IP packet; with an uplink, the uplink's");
+/// drop(first);
+/// assert_eq!(switch.plug(None)?.number(), 0, "the lowest that is free");
+/// # Ok::<(), net::switch::PlugError>(())
+/// ```
 pub struct SwitchPort {
     pub(super) shared: Arc<Shared>,
     pub(super) id: usize,
@@ -22,7 +35,7 @@ pub struct SwitchPort {
 }
 
 impl SwitchPort {
-    /// The number under which [`Switch::stations`] lists what is behind this port.
+    /// The number under which [`Switch::stations`](super::Switch::stations) lists what is behind this port.
     pub fn number(&self) -> usize {
         self.id
     }

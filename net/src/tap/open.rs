@@ -19,6 +19,16 @@ use crate::vnet::VNET_HDR_LEN;
 const TUN: &str = "/dev/net/tun";
 
 /// Which interface to make.
+///
+/// ```
+/// use net::tap::TapName;
+///
+/// let name: TapName = "web%d".parse()?;
+/// assert_eq!(name, TapName::Numbered("web".to_owned()), "web0, or the first that is free");
+/// assert_eq!(TapName::Exact("tap7".to_owned()).to_string(), "tap7");
+/// assert_eq!(TapName::default().to_string(), "vnet%d");
+/// # Ok::<(), std::convert::Infallible>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TapName {
     /// A free number behind a prefix of at most 12 bytes: `vnet` becomes `vnet0`, `vnet1`, … Always a new interface.
@@ -56,6 +66,23 @@ impl fmt::Display for TapName {
 }
 
 /// Why a TAP can't be had.
+///
+/// ```
+/// use std::fs::File;
+///
+/// use net::bridge::BridgeError;
+/// use net::tap::{TapError, TapName, TapPort};
+///
+/// // Both are found out before anything is made, and without a privilege.
+/// let error = TapPort::open(&TapName::Exact("sixteen-bytes-up".to_owned()), None).unwrap_err();
+/// assert!(matches!(error, TapError::BadName(_)), "{error}");
+/// let error = TapPort::open(&TapName::default(), Some("no-bridge-here")).unwrap_err();
+/// assert!(matches!(error, TapError::Bridge(BridgeError::Missing(_))), "{error}");
+/// // A descriptor that a launcher handed over by mistake.
+/// let error = TapPort::from_fd(File::open("/dev/null")?.into()).unwrap_err();
+/// assert!(matches!(error, TapError::NotATapFd(_)), "{error}");
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
     /// `/dev/net/tun` does not exist.

@@ -87,6 +87,24 @@ struct Entry {
 }
 
 /// A lease that holds.
+///
+/// ```
+/// use std::time::Instant;
+///
+/// use net::nat::Lease;
+///
+/// /// A line of a listing.
+/// fn line(lease: &Lease, now: Instant) -> String {
+///     let left = lease.until.saturating_duration_since(now).as_secs();
+///     format!("{} {} {} {left} s", lease.address, lease.mac, lease.name.as_deref().unwrap_or("-"))
+/// }
+/// # use net::MacAddr;
+/// # let now = Instant::now();
+/// # let mac = MacAddr([0x52, 0x54, 0, 1, 2, 3]);
+/// let until = now + std::time::Duration::from_secs(3600);
+/// let lease = Lease { address: [192, 168, 122, 2].into(), mac, name: None, until };
+/// assert_eq!(line(&lease, now), "192.168.122.2 52:54:00:01:02:03 - 3600 s");
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lease {
     /// The guest's address.

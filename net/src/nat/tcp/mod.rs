@@ -67,6 +67,31 @@ use super::timers::Timers;
 use crate::{DropReason, Received, RxRing};
 
 /// A connection, for people to look at.
+///
+/// ```
+/// # use net::{FramePort, Sent, TxFrame, VnetHdr, checksum::{Sum, checksum}};
+/// # use net::nat::{Nat, NatConfig};
+/// # let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+/// # let config = NatConfig { host_access: true, ..NatConfig::default() };
+/// # let (guest, gateway, to) = (config.subnet.host(2), config.gateway(), listener.local_addr()?.port());
+/// # let mut syn = [&config.gateway_mac.0[..], &[2, 0, 0, 0, 0, 1, 8, 0]].concat();
+/// # let mut ip = [&[0x45, 0, 0, 40, 0, 1, 0x40, 0, 64, 6, 0, 0], &guest.octets()[..], &gateway.octets()].concat();
+/// # let sum = checksum(&ip);
+/// # ip[10..12].copy_from_slice(&sum.to_be_bytes());
+/// # let mut tcp = [&40_000u16.to_be_bytes()[..], &to.to_be_bytes(), &[0; 8], &[0x50, 2, 16, 0, 0, 0, 0, 0]].concat();
+/// # let mut sum = Sum::pseudo_v4(guest, gateway, 6, 20);
+/// # sum.add(&tcp);
+/// # tcp[16..18].copy_from_slice(&sum.finish().to_be_bytes());
+/// # syn.extend([ip, tcp].concat());
+/// # let mut nat = Nat::new(config)?;
+/// // Port 40000 of the guest says SYN to a port of the gateway, behind which a program of this host listens.
+/// let sent = nat.send(&TxFrame { hdr: VnetHdr::default(), parts: &[syn.as_mut_slice().into()] });
+/// assert_eq!(sent, Sent::Taken);
+/// let flow = &nat.tcp_flows()[0];
+/// assert_eq!(flow.guest.to_string(), "192.168.122.2:40000");
+/// assert_eq!((*flow.world.ip(), flow.world.port()), (gateway, to), "not 127.0.0.1: the guest knows the gateway");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TcpFlow {
     /// The guest's end.
