@@ -17,7 +17,7 @@ pub mod tap;
 pub mod testing;
 mod vnet;
 
-pub use mac::MacAddr;
+pub use mac::{BadMac, MacAddr};
 pub use port::{
     Counters, DropReason, ETHERNET_LEN, FramePort, Lent, MAX_FRAME, Offloads, Received, RxRing, Sent, TxFrame,
 };

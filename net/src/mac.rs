@@ -18,6 +18,14 @@ use std::str::FromStr;
 pub struct MacAddr(pub [u8; 6]);
 
 /// A text that is not an Ethernet address.
+///
+/// ```
+/// use net::{BadMac, MacAddr};
+///
+/// let error: BadMac = "52:54:00:12:34".parse::<MacAddr>().unwrap_err();
+/// assert!(error.to_string().starts_with("'52:54:00:12:34' is not an Ethernet address; write six"));
+/// assert!("52-54-00-12-34-56".parse::<MacAddr>().is_err(), "colons only");
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("'{0}' is not an Ethernet address; write six hexadecimal octets, such as 52:54:00:12:34:56")]
 pub struct BadMac(String);
