@@ -32,6 +32,7 @@ pub mod boot;
 pub mod console;
 pub mod cpuid;
 mod deadline;
+mod folder;
 pub mod kvm;
 pub mod lab;
 pub mod layout;

@@ -7,13 +7,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tempfile::TempDir;
-
 use super::connect::{Address, PATIENCE};
 use super::error::{AgentError, local, shown};
 use super::link::Link;
 use super::wire::{Kind, PORT};
 use crate::deadline;
+use crate::folder::PrivateFolder;
 
 /// How long the agent may take to say that it has begun, or that it can't.
 pub(super) const ANSWER: Duration = Duration::from_secs(30);
@@ -50,7 +49,7 @@ type Connect = dyn Fn() -> io::Result<OwnedFd> + Send + Sync;
 pub struct Client {
     way: Way,
     /// The socket's, if nobody else looks after it.
-    _folder: Option<Arc<TempDir>>,
+    _folder: Option<Arc<PrivateFolder>>,
 }
 
 #[derive(Clone)]
@@ -94,7 +93,7 @@ impl Client {
     }
 
     /// Keeps the folder in which the socket is.
-    pub(crate) fn keeping(self, folder: Arc<TempDir>) -> Self {
+    pub(crate) fn keeping(self, folder: Arc<PrivateFolder>) -> Self {
         Self { _folder: Some(folder), ..self }
     }
 

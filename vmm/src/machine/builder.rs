@@ -1,10 +1,8 @@
 //! The description of a machine, and a machine built from it that has not started yet.
 
 use std::fmt::Write as _;
-use std::fs::Permissions;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
@@ -29,6 +27,7 @@ use crate::agent::Client;
 use crate::boot::{self, BootSource, Kernel, KernelFormat};
 use crate::console::SerialInput;
 use crate::cpuid;
+use crate::folder::PrivateFolder;
 use crate::kvm::Vm;
 use crate::layout::{MAX_VIRTIO_DEVICES, VIRTIO_MMIO_SIZE, virtio_gsi, virtio_mmio_base};
 use crate::memory::{self, GuestMemory};
@@ -219,7 +218,7 @@ impl MachineBuilder {
 
     /// A virtio-vsock device, and a client of the agent behind it, for a program that runs commands in its machine and has no place for
     /// a socket in mind: see [`crate::agent`]. The socket is in a folder of its own in [`std::env::temp_dir`], mode 0700, which goes
-    /// with the last of the client's clones.
+    /// with the last of the client's clones; a killed program's goes when the next one makes its own.
     ///
     /// ```no_run
     /// use std::time::Duration;
@@ -239,9 +238,8 @@ impl MachineBuilder {
     /// # Errors
     /// When the folder can't be made.
     pub fn agent(self) -> io::Result<(Self, Client)> {
-        let ours = Permissions::from_mode(0o700);
-        let folder = Arc::new(tempfile::Builder::new().prefix("pontoon-").permissions(ours).tempdir()?);
-        let socket = folder.path().join("vsock.sock");
+        let folder = Arc::new(PrivateFolder::new()?);
+        let socket = folder.socket();
         let client = Client::vsock(&socket).keeping(Arc::clone(&folder));
         let mut builder = self.vsock(socket);
         builder.devices.vsock_folder = Some(folder);

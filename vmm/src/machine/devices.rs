@@ -11,12 +11,12 @@ use devices::virtio::net::Net;
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::{GUEST_CID, Vsock};
 use event_manager::MutEventSubscriber;
-use tempfile::TempDir;
 
 use super::builder::Nic;
 use super::error::BuildError;
 use super::events::Worker;
 use super::hardware::Hardware;
+use crate::folder::PrivateFolder;
 use crate::kvm::Vm;
 use crate::layout::MAX_VIRTIO_DEVICES;
 
@@ -28,7 +28,7 @@ pub(super) struct Devices {
     /// The Unix socket of the virtio-vsock device.
     pub(super) vsock: Option<PathBuf>,
     /// The folder of that socket, if it is the machine's own.
-    pub(super) vsock_folder: Option<Arc<TempDir>>,
+    pub(super) vsock_folder: Option<Arc<PrivateFolder>>,
     pub(super) others: Vec<(Box<dyn VirtioDevice>, Worker)>,
     pub(super) balloon: bool,
     pub(super) entropy: bool,
