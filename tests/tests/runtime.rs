@@ -438,6 +438,19 @@ fn nc_to_what_is_not_there_ends_and_says_so_where_that_is_known() {
 }
 
 #[test]
+fn a_guest_without_a_driver_for_vsock_is_told_to_who_does_not_want_to_wait() {
+    if !have_kvm() {
+        return;
+    }
+    let host = Host::new();
+    host.detach(&["--name", "bare"], STAY);
+    let output = host.run(&["exec", "--wait", "0", "bare", "true"]);
+    let said = text(&output);
+    assert_eq!(output.status.code(), Some(125), "{said}");
+    assert!(said.contains("within 1 s") && said.contains("vmw_vsock_virtio_transport"), "{said}");
+}
+
+#[test]
 fn a_followed_log_that_becomes_the_old_one_is_read_to_its_end_and_the_new_one_goes_on() {
     if !have_kvm() {
         return;

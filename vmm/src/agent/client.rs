@@ -48,6 +48,8 @@ type Connect = dyn Fn() -> io::Result<OwnedFd> + Send + Sync;
 #[derive(Clone)]
 pub struct Client {
     way: Way,
+    /// How long the machine may take to accept a connection.
+    accept: Duration,
     /// The socket's, if nobody else looks after it.
     _folder: Option<Arc<PrivateFolder>>,
 }
@@ -89,7 +91,29 @@ impl Client {
     }
 
     fn at(way: Way) -> Self {
-        Self { way, _folder: None }
+        Self { way, accept: PATIENCE, _folder: None }
+    }
+
+    /// The same agent, whose machine may take so long to accept a connection, instead of ten seconds. It takes that long only where the
+    /// guest's kernel has no driver for vsock, or has it not yet: [`AgentError::NotUp`].
+    ///
+    /// ```
+    /// use std::os::unix::net::UnixListener;
+    /// use std::time::Duration;
+    ///
+    /// use vmm::agent::{AgentError, Client};
+    ///
+    /// # let folder = tempfile::tempdir()?;
+    /// // A socket that answers no more than a guest without a driver does.
+    /// let socket = folder.path().join("vsock.sock");
+    /// let _listener = UnixListener::bind(&socket)?;
+    /// let agent = Client::vsock(&socket).accepting_within(Duration::from_millis(1));
+    /// assert!(matches!(agent.ping(), Err(AgentError::NotUp { .. })));
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    #[must_use]
+    pub fn accepting_within(self, patience: Duration) -> Self {
+        Self { accept: patience, ..self }
     }
 
     /// Keeps the folder in which the socket is.
@@ -99,7 +123,7 @@ impl Client {
 
     /// A new connection.
     pub(super) fn link(&self) -> Result<Link, AgentError> {
-        self.link_within(PATIENCE)
+        self.link_within(self.accept)
     }
 
     fn link_within(&self, patience: Duration) -> Result<Link, AgentError> {
@@ -112,7 +136,7 @@ impl Client {
 
     /// Asks for one answer of this kind; its payload.
     fn ask(&self, request: Kind, expected: Kind, patience: Duration) -> Result<Vec<u8>, AgentError> {
-        let mut link = self.link_within(patience.min(PATIENCE))?;
+        let mut link = self.link_within(patience.min(self.accept))?;
         link.queue(request, &[]);
         match link.answer(patience)? {
             (kind, payload) if kind == expected => Ok(payload),

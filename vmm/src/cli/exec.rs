@@ -76,6 +76,10 @@ fn variable(text: &OsString) -> Result<(OsString, OsString), Failure> {
     Ok((name, value))
 }
 
+/// How long a kernel may take to accept a connection, whatever `--wait` says: a host may be busy, and nobody waits for ever.
+const ACCEPT_LEAST: Duration = Duration::from_secs(1);
+const ACCEPT_MOST: Duration = Duration::from_secs(10);
+
 /// The agent of a machine, and how long it may take until it answers.
 pub(crate) struct Agent {
     pub(crate) client: Client,
@@ -86,13 +90,15 @@ impl Agent {
     /// That of the machine of this name.
     pub(crate) fn find(name: &MachineName, patience: &Patience) -> Result<Self, Failure> {
         let entry = Runtime::open().and_then(|runtime| runtime.find_alive(name)).map_err(failure)?;
+        // Where a kernel has the driver, it answers at once.
+        let accept = Duration::from_secs(patience.wait.into()).clamp(ACCEPT_LEAST, ACCEPT_MOST);
         // One that has run for long enough will not have an agent a little later.
         let age = entry.age().unwrap_or_default();
         let patience = Duration::from_secs(patience.wait.into()).saturating_sub(age);
         let client = entry.agent().ok_or_else(|| {
             Failure::machine(anyhow!("{name} has no vsock device, so there is no way to an agent in it"))
         })?;
-        Ok(Self { client, patience })
+        Ok(Self { client: client.accepting_within(accept), patience })
     }
 
     /// Does it, and if the machine is still booting, waits for its agent and does it then.
