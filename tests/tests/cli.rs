@@ -79,7 +79,11 @@ fn a_kernel_that_is_not_one_is_refused() {
     }
     let kernel = |path: &Path, says: &[&str]| {
         let path = path.to_str().expect("a temporary path is text");
-        refused(&["run", "--accel", "kvm", "--net", "none", "--kernel", path], says);
+        let args = ["run", "--accel", "kvm", "--net", "none", "--kernel", path];
+        refused(&args, says);
+        // Nor is it told beforehand what this KVM would make of a Linux kernel.
+        let said = run(&args).stderr;
+        assert_eq!(String::from_utf8_lossy(&said).lines().count(), 1, "{}", String::from_utf8_lossy(&said));
     };
     kernel(Path::new("/nonexistent/vmlinuz"), &["/nonexistent/vmlinuz"]);
     kernel(Path::new("/"), &["/"]);

@@ -28,7 +28,7 @@ use crate::boot::{self, BootSource, Kernel, KernelFormat};
 use crate::console::SerialInput;
 use crate::cpuid;
 use crate::folder::PrivateFolder;
-use crate::kvm::Vm;
+use crate::kvm::{Host, KvmKind, Vm};
 use crate::layout::{MAX_VIRTIO_DEVICES, VIRTIO_MMIO_SIZE, virtio_gsi, virtio_mmio_base};
 use crate::memory::{self, GuestMemory};
 use crate::vcpu;
@@ -332,7 +332,8 @@ impl MachineBuilder {
         self
     }
 
-    /// Makes the machine: memory, devices, the kernel in its place, vCPUs. No guest instruction has run yet.
+    /// Makes the machine: memory, devices, the kernel in its place, vCPUs. No guest instruction has run yet. A bzImage on a KVM that
+    /// can't run it ([`KvmKind::Software`]) is told to `tracing`.
     ///
     /// # Errors
     /// [`BuildError`], one variant per concern.
@@ -375,6 +376,12 @@ impl MachineBuilder {
         let vcpus = (0..self.cpus)
             .map(|id| vcpu::create(&vm, &supported, id, self.cpus, (id == 0).then_some(entry)))
             .collect::<Result<_, _>>()?;
+        // Last, so that whatever is wrong with the machine is told alone.
+        if format == KernelFormat::BzImage && matches!(Host::kind(), KvmKind::Software(_)) {
+            tracing::warn!(
+                "this host's KVM has no hardware behind it, and a Linux kernel comes to nothing on it: run this in the lab (vmm::lab, docs/lab.md)"
+            );
+        }
         Ok(Machine { vcpus, hardware, workers, end, memory, vm, format })
     }
 }

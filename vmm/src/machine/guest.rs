@@ -23,7 +23,6 @@ use guest_images::initrd::{self, Console, Request};
 
 use super::builder::{DEFAULT_CMDLINE, MachineBuilder};
 use crate::boot::Kernel;
-use crate::kvm::{Host, KvmKind};
 
 /// For Linux, besides [`DEFAULT_CMDLINE`]: its kernel says nothing below "critical", since the console belongs to the command or the shell. ("quiet"
 /// would let it complain that there is no PCI bus.) A `loglevel=7` that comes later, and therefore counts, shows a boot in full.
@@ -298,18 +297,13 @@ fn join(line: &mut String, more: &str) {
 impl MachineBuilder {
     /// What the machine boots, in one go: kernel, initrd, command line, [`Self::bare_metal`], [`Self::balloon`] and
     /// [`Self::hold_input`] are as the guest wants them (see [`Guest`]), and its disk, if it has one, is the next of the machine's.
-    /// What is said afterwards counts. A Linux guest on a KVM that can't run it ([`KvmKind::Software`]) is told to `tracing`.
+    /// What is said afterwards counts.
     ///
     /// # Errors
     /// [`GuestError`].
     pub fn guest(self, guest: impl Into<Guest>) -> Result<Self, GuestError> {
         let guest = guest.into();
         let linux = guest.init != Init::Absent;
-        if linux && matches!(Host::kind(), KvmKind::Software(_)) {
-            tracing::warn!(
-                "this host's KVM has no hardware behind it, and a Linux kernel comes to nothing on it: run this in the lab (vmm::lab, docs/lab.md)"
-            );
-        }
         let hold = match guest.init {
             Init::Absent => None,
             Init::Ours => Some(Hold::Out1),
