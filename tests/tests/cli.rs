@@ -160,6 +160,27 @@ fn results_go_to_standard_output_and_json_is_json() {
 }
 
 #[test]
+fn a_full_disk_behind_the_output_is_an_error_and_behind_the_errors_changes_nothing() {
+    let full = || fs::OpenOptions::new().write(true).open("/dev/full").expect("every Linux has it");
+    let folder = tempfile::tempdir().expect("the temporary directory is writable");
+    let pontoon = |args: &[&str]| {
+        let mut pontoon = Pontoon::new(args);
+        pontoon.command().env("XDG_RUNTIME_DIR", folder.path());
+        pontoon
+    };
+    let mut lost = pontoon(&["ps", "--json"]);
+    lost.command().stdout(full()).stderr(std::process::Stdio::piped());
+    let output =
+        lost.command().spawn().and_then(std::process::Child::wait_with_output).expect("pontoon starts");
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(125), "{text}");
+    assert!(text.contains("standard output") && text.lines().count() == 1, "{text}");
+    let mut untold = pontoon(&["stop", "nobody"]);
+    let status = untold.command().stderr(full()).status().expect("pontoon starts");
+    assert_eq!(status.code(), Some(2), "as if somebody had read the error");
+}
+
+#[test]
 fn completions_and_the_manual_are_made_from_the_same_definitions() {
     for shell in ["bash", "zsh", "fish"] {
         let output = run(&["completions", shell]);

@@ -32,7 +32,7 @@ mod sys;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::{CommandFactory, Parser};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -89,6 +89,13 @@ pub(crate) fn main() -> ExitCode {
         Command::Completions { shell } => completions(shell),
         Command::Man => man(),
     };
+    let outcome = outcome.and_then(|status| match output::results_arrived() {
+        // The guest's or the command's own failure says more.
+        Err(error) if status == 0 => {
+            Err(Failure::machine(anyhow!("writing to standard output: {error}; is its disk full?")))
+        }
+        _ => Ok(status),
+    });
     let (status, error) = match outcome {
         Ok(status) => return ExitCode::from(status),
         Err(Failure::Usage(error)) => (STATUS_USAGE, error),

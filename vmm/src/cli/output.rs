@@ -1,12 +1,12 @@
 //! What the user sees: one line per error, tables, and progress of long work.
 //!
-//! Results go to standard output, everything about the work to standard error, so that a pipe gets results.
-
-// The command line is the one place that prints; everything below it returns values.
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "printing is this module's work")]
+//! Results go to standard output, everything about the work to standard error, so that a pipe gets results. Neither a full disk nor a
+//! reader that has gone ends the work: what standard error does not take is lost, and what standard output does not take is the
+//! command's own error at its end ([`results_arrived`]).
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -23,12 +23,18 @@ pub(crate) fn error(error: &anyhow::Error) {
             let _ = write!(line, "{}{text}", if at == 0 { "" } else { ": " });
         }
     }
-    eprintln!("pontoon: {line}");
+    say(&format!("pontoon: {line}\n"));
 }
 
 /// Prints a line about the work.
 pub(crate) fn note(text: &str) {
-    eprintln!("pontoon: {text}");
+    say(&format!("pontoon: {text}\n"));
+}
+
+/// Writes to standard error. Where that takes nothing there is nobody left to tell, and no reason to end a machine.
+fn say(text: &str) {
+    let mut stderr = io::stderr().lock();
+    let _ = stderr.write_all(text.as_bytes()).and_then(|()| stderr.flush());
 }
 
 /// Prints a result as one line of JSON.
@@ -37,9 +43,21 @@ pub(crate) fn json(value: &impl Serialize) {
     line(&text);
 }
 
+/// Why a part of the results was lost, if it was.
+static LOST: OnceLock<io::Error> = OnceLock::new();
+
 /// Prints a line of the result; a reader that has gone away is not an error.
 pub(crate) fn line(text: &str) {
-    let _ = writeln!(io::stdout().lock(), "{text}");
+    if let Err(error) = writeln!(io::stdout().lock(), "{text}")
+        && error.kind() != io::ErrorKind::BrokenPipe
+    {
+        let _ = LOST.set(error);
+    }
+}
+
+/// Whether standard output has taken every result: asked at the end.
+pub(crate) fn results_arrived() -> Result<(), &'static io::Error> {
+    LOST.get().map_or(Ok(()), Err)
 }
 
 /// Prints rows in columns as wide as their widest cell.
@@ -112,8 +130,7 @@ impl Bar {
     fn draw(&mut self, detail: &str) {
         self.drawn = Some(Instant::now());
         // Carriage return and "erase to end of line" (ECMA-48 EL).
-        eprint!("\r\x1b[K{}{detail}", self.step);
-        let _ = io::stderr().flush();
+        say(&format!("\r\x1b[K{}{detail}", self.step));
     }
 }
 
@@ -123,7 +140,7 @@ impl Progress for Bar {
         if self.terminal {
             self.draw("");
         } else {
-            eprintln!("{what}");
+            say(&format!("{what}\n"));
         }
     }
 
@@ -136,9 +153,9 @@ impl Progress for Bar {
 
     fn done(&mut self, what: &str) {
         if self.terminal {
-            eprint!("\r\x1b[K");
+            say("\r\x1b[K");
         }
-        eprintln!("{what}");
+        say(&format!("{what}\n"));
     }
 }
 
