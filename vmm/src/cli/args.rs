@@ -12,6 +12,7 @@ use devices::disk::DiskMode;
 use net::MacAddr;
 use net::nat::{Publish, Subnet};
 use net::tap::TapName;
+use vmm::memory::{MAX_MEMORY, MIN_MEMORY};
 use vmm::runtime::MachineName;
 
 use super::agent_args::{CpArgs, ExecArgs};
@@ -131,7 +132,7 @@ pub(crate) struct RunArgs {
     pub(crate) cpu_share: Option<u16>,
 
     /// Memory, such as 512M or 2G
-    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = machine_memory)]
     pub(crate) memory: MemorySize,
 
     /// A disk, raw image or block device: the guest's /dev/vda, the next one /dev/vdb. With ,ro the guest only reads; with ,overlay what
@@ -433,6 +434,15 @@ impl fmt::Display for MemorySize {
     }
 }
 
+/// What a machine may have of it.
+fn machine_memory(text: &str) -> Result<MemorySize, String> {
+    let size = text.parse().ok().filter(|MemorySize(bytes)| (MIN_MEMORY..=MAX_MEMORY).contains(bytes));
+    size.ok_or_else(|| {
+        let (least, most) = (MIN_MEMORY >> 20, MAX_MEMORY >> 30);
+        format!("write a size from {least}M to {most}G, such as 512M or 2G (a number alone is MiB)")
+    })
+}
+
 impl FromStr for MemorySize {
     type Err = String;
 
@@ -551,6 +561,16 @@ mod tests {
         for bad in ["", "M", "0", "-1M", "1T", "1.5G", "99999999999999999999G", "18446744073709551615M", "é"]
         {
             assert!(bad.parse::<MemorySize>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_bounds_of_a_machines_memory_are_told_as_they_are() {
+        assert_eq!(machine_memory("4M"), Ok(MemorySize(MIN_MEMORY)));
+        assert_eq!(machine_memory("256G"), Ok(MemorySize(MAX_MEMORY)));
+        for bad in ["0", "3M", "257G", "lots"] {
+            let told = machine_memory(bad).unwrap_err();
+            assert!(told.contains("from 4M to 256G") && told.contains("512M"), "{bad}: {told}");
         }
     }
 

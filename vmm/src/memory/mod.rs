@@ -50,7 +50,7 @@ const PAGE: u64 = 4096;
 pub enum MemoryError {
     /// Less than [`MIN_MEMORY`] or more than [`MAX_MEMORY`].
     #[error(
-        "{} bytes of memory is not between 4 MiB and 256 GiB; give the machine at least 128 MiB for Linux",
+        "{} bytes of memory is not between 4 MiB and 256 GiB; Linux wants at least 128 MiB",
         .0
     )]
     OutOfBounds(u64),
