@@ -23,7 +23,7 @@ use super::format::Format;
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     /// Missing, not permitted, or unreadable.
-    #[error("the disk image {} can't be opened: {source}", path.display())]
+    #[error("the disk image {} can't be opened: {source}; {}", path.display(), what_to_do(source))]
     Open {
         /// The image.
         path: PathBuf,
@@ -111,6 +111,14 @@ pub enum DiskError {
         /// What the system said.
         source: io::Error,
     },
+}
+
+fn what_to_do(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::NotFound => "name a file that exists, or make one: truncate -s 10G FILE",
+        io::ErrorKind::PermissionDenied => "choose an image that you may read, or have its owner permit it",
+        _ => "name a raw image or a block device that can be read",
+    }
 }
 
 /// A path as a word of a command line.

@@ -168,8 +168,10 @@ fn console(
 ) -> Result<(MachineBuilder, Option<Console>), Failure> {
     let file = match &args.console {
         Some(path) => {
-            let file =
-                File::create(path).with_context(|| format!("creating the console file {}", path.display()));
+            let file = File::create(path).map_err(|error| {
+                let path = path.display();
+                anyhow!("could not create the console's file {path}: {error}; name one in a folder that you may write to")
+            });
             Some(file.map_err(Failure::usage)?)
         }
         None => None,
