@@ -180,6 +180,17 @@ fn a_full_disk_behind_the_output_is_an_error_and_behind_the_errors_changes_nothi
     assert_eq!(status.code(), Some(2), "as if somebody had read the error");
 }
 
+/// It shows in a binary of `cargo build --release -p vmm` alone: beside the tests, the unwinder has its tables.
+#[test]
+fn an_error_is_told_where_backtraces_are_asked_for() {
+    let mut pontoon = Pontoon::new(["run", "fedora"]);
+    pontoon.command().env("RUST_BACKTRACE", "1");
+    let output = pontoon.output();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+}
+
 #[test]
 fn completions_and_the_manual_are_made_from_the_same_definitions() {
     for shell in ["bash", "zsh", "fish"] {
