@@ -180,7 +180,7 @@ fn a_full_disk_behind_the_output_is_an_error_and_behind_the_errors_changes_nothi
     assert_eq!(status.code(), Some(2), "as if somebody had read the error");
 }
 
-/// It shows in a binary of `cargo build --release -p vmm` alone: beside the tests, the unwinder has its tables.
+/// Errors capture backtraces then, for which a program needs its tables (docs/decisions/0003-static-binary.md).
 #[test]
 fn an_error_is_told_where_backtraces_are_asked_for() {
     let mut pontoon = Pontoon::new(["run", "fedora"]);

@@ -69,7 +69,6 @@ impl Failure {
 pub(crate) fn main() -> ExitCode {
     // A reader that has gone away (`pontoon image ls | head`) ends us as it ends any other command.
     sys::one_arena();
-    sys::no_backtraces();
     let cli = Cli::parse();
     start_log(&cli);
     let outcome = match cli.command {
