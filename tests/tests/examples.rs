@@ -1,7 +1,7 @@
 //! Every type that a program can name shows by an example what it is for.
 //!
 //! The sources are read as text, as rustfmt leaves them: a type's line begins with `pub struct` and the like; it is public when each module
-//! down to it is, or when a public module of its crate re-exports its name.
+//! down to it is, or when a public module of its crate re-exports its name. Types that a macro declares, such as `bitflags!`, escape it.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -14,6 +14,8 @@ use tempfile::TempDir;
 /// What the folders' names begin with.
 const PREFIX: &str = "pontoon-socket-";
 const LOCK: &str = "lock";
+/// What that file is called until it is locked: whoever finds one that is not takes its process for dead.
+const NEW: &str = "lock.new";
 const SOCKET: &str = "vsock.sock";
 
 /// See the module's documentation.
@@ -34,8 +36,10 @@ impl PrivateFolder {
         remove_dead(place);
         let ours = Permissions::from_mode(0o700);
         let dir = tempfile::Builder::new().prefix(PREFIX).permissions(ours).tempdir_in(place)?;
-        let lock = File::create_new(dir.path().join(LOCK))?;
+        let new = dir.path().join(NEW);
+        let lock = File::create_new(&new)?;
         lock.lock()?;
+        fs::rename(new, dir.path().join(LOCK))?;
         Ok(Self { dir, _lock: lock })
     }
 
@@ -104,9 +108,11 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let full = left_behind(place.path());
         fs::write(full.join("letter"), "of somebody's").unwrap();
+        // One whose process has not come to the lock yet.
         let young = place.path().join(format!("{PREFIX}young"));
         fs::create_dir(&young).unwrap();
+        fs::write(young.join(NEW), "").unwrap();
         let _folder = PrivateFolder::below(place.path()).unwrap();
-        assert!(full.join("letter").exists() && young.exists());
+        assert!(full.join("letter").exists() && young.join(NEW).exists());
     }
 }
